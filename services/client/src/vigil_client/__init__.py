@@ -1,0 +1,1 @@
+"""Vigil client library: stream images, get verdicts, survive lost connections."""

@@ -1,0 +1,1 @@
+"""What every Vigil service shares: errors, settings, logs, metrics, gRPC plumbing, streams and stores."""

@@ -1,0 +1,1 @@
+"""Ingest: takes frames over gRPC, validates and enqueues them, answers with acceptance or verdict."""

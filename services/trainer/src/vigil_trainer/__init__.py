@@ -1,0 +1,1 @@
+"""Vigil trainer: fits PaDiM on fixed image features without torch, and writes an ONNX bundle."""
