@@ -1,0 +1,75 @@
+"""Errors as gRPC statuses with google.rpc.ErrorInfo, and the one interceptor that makes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from vigil_common.errors import DOMAIN, VigilError
+from vigil_common.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+log = get_logger()
+
+
+def to_status(error: VigilError) -> status_pb2.Status:
+    """The error as google.rpc.Status: code, sentence, ErrorInfo and, where trying again helps, RetryInfo."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message)
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    )
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    """Ends a call that raised a `VigilError` with its status."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wrap the handler, whatever its shape."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            method = handler.unary_stream or handler.stream_stream
+            maker = (
+                grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+            )
+            return maker(_streaming(method), handler.request_deserializer, handler.response_serializer)
+        method = handler.unary_unary or handler.stream_unary
+        maker = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        return maker(_single(method), handler.request_deserializer, handler.response_serializer)
+
+
+def _single(method: Any) -> Any:
+    async def call(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except VigilError as error:
+            await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+    return call
+
+
+def _streaming(method: Any) -> Any:
+    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except VigilError as error:
+            await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+    return call

@@ -1,0 +1,38 @@
+"""How a process starts and stops: uvloop, signals, one stop event, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+import uvloop
+from prometheus_client import start_http_server
+
+from vigil_common import logging
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+def run(service: str, main: Callable[[asyncio.Event], Awaitable[None]], *, log_level: str, metrics_port: int) -> None:
+    """Run a service until SIGTERM or SIGINT sets its stop event and `main` has drained.
+
+    Args:
+        service: Its name in logs.
+        main: Serves until the event is set, then drains and returns.
+        log_level: Least level logged.
+        metrics_port: Prometheus metrics over HTTP; 0 for none.
+    """
+    logging.configure(service, log_level)
+    if metrics_port:
+        start_http_server(metrics_port)
+
+    async def supervised() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signum, stop.set)
+        await main(stop)
+
+    uvloop.run(supervised())

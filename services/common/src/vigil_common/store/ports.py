@@ -1,0 +1,154 @@
+"""What Vigil needs of a store for frames and models; `reduct` and `embedded` provide it.
+
+One writer: only the storage service writes, one batch in flight per entry. Labels and bodies come back exactly as
+written. Times are microseconds since 1970, UTC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record to write.
+
+    Attributes:
+        entry: "MODEL/CAMERA".
+        timestamp_us: Where it shall stand; the store may move it to a later free microsecond.
+        labels: Names as ^[a-z][a-z0-9_]{0,63}$; must hold `frame_id` and `sha256`.
+        body: The encoded image.
+        content_type: Media type of the body.
+    """
+
+    entry: str
+    timestamp_us: int
+    labels: Mapping[str, str]
+    body: bytes
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Where a record stands.
+
+    Attributes:
+        timestamp_us: Its final time.
+        existed: The same frame with the same image stood there before.
+    """
+
+    timestamp_us: int
+    existed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as found, without its body."""
+
+    entry: str
+    timestamp_us: int
+    labels: Mapping[str, str]
+    size_bytes: int
+    content_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class FrameFilter:
+    """What to look for; None matches everything.
+
+    Attributes:
+        entries: Entry names, or "MODEL/*".
+        start_us: Inclusive.
+        stop_us: Exclusive.
+        equals: Labels with these values.
+        min_score: Least `score`.
+        max_score: Greatest `score`.
+    """
+
+    entries: Sequence[str]
+    start_us: int | None = None
+    stop_us: int | None = None
+    equals: Mapping[str, str] = field(default_factory=dict)
+    min_score: float | None = None
+    max_score: float | None = None
+
+
+class FrameStore(Protocol):
+    """Images with labels."""
+
+    async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
+        """Write a batch (at most 64 records, any entries); one result per record, in order.
+
+        A record whose time is taken by another image goes to the next free microsecond. The same frame id with the
+        same sha256 is not written twice. The same frame id with another sha256 at its time gives a
+        `Conflict("FRAME_ID_REUSED", ...)`. Trouble that may pass gives `Unavailable`.
+        """
+        ...
+
+    async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
+        """Which of these times (mapped to their sha256) hold that image now, by one head query over their range."""
+        ...
+
+    async def uptime_s(self) -> float:
+        """Seconds since the server started: a drop means a restart, after which unconfirmed records may be gone."""
+        ...
+
+    def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
+        """Matching records by time, oldest first, over all entries asked for."""
+        ...
+
+    async def read(self, entry: str, timestamp_us: int) -> tuple[StoredRecord, bytes]:
+        """One record with its body; `NotFound` where there is none."""
+        ...
+
+    async def find(self, model: str, frame_id: str, camera: str | None = None) -> StoredRecord:
+        """The record of a frame id; `NotFound` where there is none.
+
+        A UUIDv7 id is looked for near its own time first, then everywhere.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A published version as the store knows it; `manifest` is the text of vigil.yaml."""
+
+    name: str
+    version: int
+    digest: str
+    size_bytes: int
+    formats: tuple[str, ...]
+    published_at_us: int
+    manifest: str
+
+
+class ModelStore(Protocol):
+    """Model versions, immutable, never under a quota."""
+
+    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
+        """Keep a version; `Conflict("VERSION_EXISTS", ...)` where it is taken. Verified by digest before it shows."""
+        ...
+
+    async def list(self, name: str | None = None) -> list[ModelInfo]:
+        """Versions by name and number; of every model where no name is given."""
+        ...
+
+    async def get(self, name: str, version: int | None = None) -> ModelInfo:
+        """One version, the newest where none is given; `NotFound("UNKNOWN_MODEL" | "UNKNOWN_VERSION", ...)`."""
+        ...
+
+    async def download(self, name: str, version: int) -> bytes:
+        """The bundle, checked against its digest; `DataLost("DIGEST_MISMATCH", ...)` where it differs."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...

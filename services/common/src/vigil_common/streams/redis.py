@@ -1,0 +1,498 @@
+"""The streams on Redis 7 or Valkey, one node or a cluster.
+
+Keys of a model share the hash tag `{MODEL}`: `frames` and `verdicts` (streams), `unstored` (frames judged and not yet
+confirmed by storage, by entry id), `budget` (bytes ever admitted, and those before the head: their difference is what
+the queue holds), `frame:ID` (deduplication and where the reply goes), `replies:REPLICA`, `dead`, `routing`, `owner`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Self
+
+import redis.asyncio as aredis
+from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from vigil_common.errors import Unavailable
+from vigil_common.logging import get_logger
+from vigil_common.streams.ports import (
+    Admission,
+    Admitted,
+    Depth,
+    Emission,
+    QueuedFrame,
+    QueuedOutcome,
+    Route,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# An entry costs this much more than its image (header, offsets, listpack), by measurement.
+ENTRY_OVERHEAD_BYTES = 512
+LIVE = "live"
+STORAGE = "storage"
+# Storage has one owner at a time, so its consumer has one name and finds its own pending entries again.
+OWNER = "owner"
+MODELS = "vigil:models"
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script and its digest."""
+
+    source: str
+    sha: str
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Read it from the package."""
+        source = (files("vigil_common.streams") / "scripts" / f"{name}.lua").read_text()
+        return cls(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+ADMIT, EMIT, TRIM, PROMOTE, OWN = (Script.load(name) for name in ("admit", "emit", "trim", "promote", "own"))
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn lost connections into `Unavailable`."""
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({error}); try again", retry_after_s=1.0) from error
+
+
+def prefix(model: str) -> str:
+    """Start of every key of a model."""
+    return f"vigil:{{{model}}}:"
+
+
+class _Connection:
+    """Commands and scripts on one node or a cluster; concurrent script calls travel together."""
+
+    def __init__(self, client: aredis.Redis | RedisCluster) -> None:
+        self.client: Any = client
+        self.clustered = isinstance(client, RedisCluster)
+        self._waiting: list[tuple[Script, list[str], list[Any], asyncio.Future[Any]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def command(self, *arguments: Any) -> Any:
+        """One command."""
+        with translated():
+            return await self.client.execute_command(*arguments)
+
+    async def commands(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Several commands in one round trip; errors come back as values."""
+        if self.clustered:
+            calls = (self.client.execute_command(*command) for command in commands)
+            return await asyncio.gather(*calls, return_exceptions=True)
+        pipeline = self.client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        result: list[Any] = await pipeline.execute(raise_on_error=False)
+        return result
+
+    async def script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
+        """Run a script; loads it where the server does not know it."""
+        with translated():
+            try:
+                return await self.client.execute_command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            except NoScriptError:
+                return await self.client.execute_command("EVAL", script.source, len(keys), *keys, *arguments)
+
+    async def batched_script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
+        """As `script`, but calls made while one is under way share the next round trip (and its fsync)."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((script, keys, arguments, future))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        return await future
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:64], self._waiting[64:]
+            try:
+                with translated():
+                    results = await self.commands([("EVALSHA", s.sha, len(k), *k, *a) for s, k, a, _ in batch])
+            except Unavailable as error:
+                results = [error] * len(batch)
+            for (script, keys, arguments, future), result in zip(batch, results, strict=True):
+                final = result
+                if isinstance(result, NoScriptError):
+                    try:
+                        final = await self.script(script, keys, arguments)
+                    except (Unavailable, RedisError) as error:
+                        final = error
+                if future.done():
+                    continue
+                if isinstance(final, RedisConnectionError | RedisTimeoutError | OSError):
+                    final = Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({final}); try again", retry_after_s=1.0)
+                if isinstance(final, BaseException):
+                    future.set_exception(final)
+                else:
+                    future.set_result(final)
+
+    async def ensure_groups(self, model: str) -> None:
+        """Create both groups from the very beginning of their streams."""
+        for stream, group in (("frames", LIVE), ("verdicts", STORAGE)):
+            try:
+                await self.command("XGROUP", "CREATE", f"{prefix(model)}{stream}", group, "0", "MKSTREAM")
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    async def read_group(
+        self, model: str, stream: str, group: str, consumer: str, *, after: str, count: int, block_ms: int
+    ) -> list[tuple[bytes, list[bytes]]]:
+        """XREADGROUP that makes missing groups anew."""
+        blocking = ("BLOCK", block_ms) if after == ">" and block_ms > 0 else ()
+        key = f"{prefix(model)}{stream}"
+        try:
+            reply = await self.command(
+                "XREADGROUP", "GROUP", group, consumer, "COUNT", count, *blocking, "STREAMS", key, after
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+                raise
+            await self.ensure_groups(model)
+            return []
+        return _entries(reply)
+
+    async def close(self) -> None:
+        """Close the pool."""
+        await self.client.aclose()
+
+
+def _entries(reply: Any) -> list[tuple[bytes, Any]]:
+    """The one stream's entries in a reply that may be None, a list or a dict (RESP3)."""
+    if not reply:
+        return []
+    streams = list(reply.items()) if isinstance(reply, dict) else reply
+    entries = streams[0][1]
+    if isinstance(reply, dict) and entries and isinstance(entries[0], list) and entries[0] and not _is_entry(entries[0]):
+        entries = entries[0]
+    return [(entry[0], entry[1]) for entry in entries]
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value[0], bytes)
+
+
+def _fields(flat: Any) -> dict[bytes, bytes]:
+    """Fields of an entry: flat list, list of pairs, or already a dict."""
+    if isinstance(flat, dict):
+        return flat
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+class RedisStreams:
+    """Everything on one Redis.
+
+    Args:
+        connection: Where to.
+        budget_bytes: Bytes of frames that a model's queue may hold.
+        dedup_window_s: For how long after its verdict a frame id is remembered.
+    """
+
+    def __init__(self, connection: _Connection, *, budget_bytes: int, dedup_window_s: int) -> None:
+        self._connection = connection
+        self.queue = RedisFrameQueue(connection, budget_bytes=budget_bytes)
+        self.routing = RedisRouting(connection)
+        self._dedup_window_s = dedup_window_s
+
+    @classmethod
+    async def connect(cls, url: str, *, budget_bytes: int = 256 << 20, dedup_window_s: int = 300) -> Self:
+        """Open `redis://` or `rediss://` for one node, `redis+cluster://` for a cluster.
+
+        The library's own retries are off: a repeated XADD is a second frame, a repeated XREADGROUP strands entries.
+        """
+        retry = Retry(NoBackoff(), 0)
+        if url.startswith("redis+cluster://"):
+            cluster = RedisCluster.from_url(url.replace("redis+cluster://", "redis://", 1), socket_timeout=5.0)
+            return cls(_Connection(cluster), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
+        client = aredis.Redis.from_url(
+            url,
+            protocol=2,
+            retry=retry,
+            socket_timeout=5.0,
+            socket_connect_timeout=2.0,
+            # A pooled connection may have died with the server; redis-py checks before it is used again.
+            health_check_interval=0,
+            max_connections=256,
+        )
+        # Raw replies: the callbacks would build objects that nobody reads.
+        client.response_callbacks.clear()
+        return cls(_Connection(client), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
+
+    def source(self, model: str, consumer: str) -> RedisFrameSource:
+        """A worker's side of a model."""
+        return RedisFrameSource(self._connection, model, consumer, self._dedup_window_s)
+
+    def outcomes(self, model: str, consumer: str) -> RedisOutcomeSource:
+        """Storage's side of a model."""
+        return RedisOutcomeSource(self._connection, model, consumer)
+
+    async def ping(self) -> None:
+        """Raise `Unavailable` where nobody answers."""
+        await self._connection.command("PING")
+
+    async def close(self) -> None:
+        """Release connections."""
+        await self._connection.close()
+
+
+class RedisFrameQueue:
+    """Ingest's side."""
+
+    def __init__(self, connection: _Connection, *, budget_bytes: int, inflight_ttl_s: int = 86_400) -> None:
+        self._connection = connection
+        self._budget_bytes = budget_bytes
+        self._inflight_ttl_s = inflight_ttl_s
+        self._ensured: set[str] = set()
+
+    async def admit(
+        self, model: str, *, frame_id: str, sha256: bytes, header: bytes, image: bytes, reply_to: str
+    ) -> Admitted:
+        """Put a frame into the queue once."""
+        if model not in self._ensured:
+            await self._connection.ensure_groups(model)
+            self._ensured.add(model)
+        start = prefix(model)
+        try:
+            reply = await self._connection.batched_script(
+                ADMIT,
+                [f"{start}frames", f"{start}budget", f"{start}frame:{frame_id}"],
+                [
+                    sha256,
+                    header,
+                    image,
+                    reply_to,
+                    len(header) + len(image) + ENTRY_OVERHEAD_BYTES,
+                    self._budget_bytes,
+                    self._inflight_ttl_s,
+                ],
+            )
+        except OutOfMemoryError:
+            return Admitted(Admission.FULL)
+        except ResponseError as error:
+            if "used memory" in str(error):
+                return Admitted(Admission.FULL)
+            raise
+        return Admitted(Admission(reply[0].decode()), reply[1] if len(reply) > 1 else None)
+
+    async def read_replies(self, model: str, reply_to: str, after: str, *, block_ms: int) -> tuple[str, list[bytes]]:
+        """Outcomes after this place."""
+        key = f"{prefix(model)}replies:{reply_to}"
+        reply = await self._connection.command("XREAD", "COUNT", 64, "BLOCK", block_ms, "STREAMS", key, after)
+        entries = _entries(reply)
+        if not entries:
+            return after, []
+        return entries[-1][0].decode(), [_fields(fields)[b"o"] for _, fields in entries]
+
+    async def depth(self, model: str) -> Depth:
+        """How full it is."""
+        start = prefix(model)
+        with translated():
+            length, budget, unstored, dead, groups = await self._connection.commands(
+                [
+                    ("XLEN", f"{start}frames"),
+                    ("HMGET", f"{start}budget", "total", "head"),
+                    ("ZCARD", f"{start}unstored"),
+                    ("XLEN", f"{start}dead"),
+                    ("XINFO", "GROUPS", f"{start}frames"),
+                ]
+            )
+        unjudged = length
+        for group in groups if isinstance(groups, list) else []:
+            info = _fields(group)
+            if info[b"name"] == LIVE.encode():
+                lag = info.get(b"lag")
+                unjudged = int(info[b"pending"]) + (length if lag is None else int(lag))
+        total, head = (int(float(value or 0)) for value in budget)
+        return Depth(frames=length, image_bytes=total - head, unjudged=unjudged, unstored=unstored, dead=dead)
+
+    async def close(self) -> None:
+        """Release connections."""
+        await self._connection.close()
+
+
+class RedisFrameSource:
+    """A worker's side of one model."""
+
+    def __init__(self, connection: _Connection, model: str, consumer: str, dedup_window_s: int) -> None:
+        self._connection = connection
+        self._model = model
+        self._key = f"{prefix(model)}frames"
+        self._consumer = consumer
+        self._dedup_window_s = dedup_window_s
+        self._cursor = "0-0"
+
+    async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
+        """New frames for this consumer."""
+        entries = await self._connection.read_group(
+            self._model, "frames", LIVE, self._consumer, after=">", count=count, block_ms=block_ms
+        )
+        return [_frame(entry_id, fields) for entry_id, fields in entries]
+
+    async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
+        """Frames that another consumer left; goes on where the last call ended."""
+        try:
+            cursor, entries, *lost = await self._connection.command(
+                "XAUTOCLAIM", self._key, LIVE, self._consumer, min_idle_ms, self._cursor, "COUNT", count
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self._connection.ensure_groups(self._model)
+            return []
+        self._cursor = cursor.decode()
+        if lost and lost[0]:
+            log.error("frames_lost", model=self._model, entries=[entry.decode() for entry in lost[0]])
+        if not entries:
+            return []
+        with translated():
+            pending = await self._connection.commands(
+                [("XPENDING", self._key, LIVE, entry_id, entry_id, 1) for entry_id, _ in entries]
+            )
+        return [
+            _frame(entry_id, fields, deliveries=int(found[0][3]))
+            for (entry_id, fields), found in zip(entries, pending, strict=True)
+            if isinstance(found, list) and found
+        ]
+
+    async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
+        """Outcome, reply and acknowledgement in one step."""
+        start = prefix(self._model)
+        arguments: list[Any] = [start, self._dedup_window_s]
+        for emission in emissions:
+            reply = b"" if emission.reply == emission.outcome else emission.reply
+            arguments += [emission.entry_id, emission.frame_id, emission.outcome, reply, emission.dead_reason]
+        keys = [f"{start}frames", f"{start}verdicts", f"{start}unstored", f"{start}dead"]
+        return [won == 1 for won in await self._connection.script(EMIT, keys, arguments)]
+
+    async def close(self) -> None:
+        """Nothing of its own to release."""
+
+
+def _frame(entry_id: bytes, flat: Any, *, deliveries: int = 1) -> QueuedFrame:
+    fields = _fields(flat)
+    return QueuedFrame(entry_id.decode(), fields[b"h"], fields[b"i"], deliveries)
+
+
+class RedisOutcomeSource:
+    """Storage's side of one model."""
+
+    def __init__(self, connection: _Connection, model: str, consumer: str) -> None:
+        self._connection = connection
+        self._model = model
+        self._consumer = consumer
+        self._start = prefix(model)
+        self._pending_after = "0"
+
+    async def own(self, *, ttl_ms: int) -> bool:
+        """Take or renew the lease."""
+        owned = await self._connection.script(OWN, [f"{self._start}owner"], [self._consumer, ttl_ms])
+        return bool(owned == 1)
+
+    async def read(self, *, count: int, block_ms: int, pending: bool = False) -> list[QueuedOutcome]:
+        """New outcomes with their frames, or those that were taken and not finished."""
+        after = self._pending_after if pending else ">"
+        entries = await self._connection.read_group(
+            self._model, "verdicts", STORAGE, OWNER, after=after, count=count, block_ms=block_ms
+        )
+        if pending:
+            self._pending_after = entries[-1][0].decode() if entries else "0"
+        present = [(entry_id, _fields(flat)) for entry_id, flat in entries if flat]
+        if not present:
+            return []
+        frames_key = f"{self._start}frames"
+        with translated():
+            frames = await self._connection.commands(
+                [("XRANGE", frames_key, fields[b"e"], fields[b"e"]) for _, fields in present]
+            )
+        return [
+            QueuedOutcome(entry_id.decode(), fields[b"v"], _frame(*found[0]) if found else None)
+            for (entry_id, fields), found in zip(present, _raise_errors(frames), strict=True)
+        ]
+
+    async def done(self, outcomes: Sequence[QueuedOutcome]) -> None:
+        """Free their frames, then forget them: a crash between the two repeats this, which does no harm."""
+        if not outcomes:
+            return
+        entries = [outcome.frame.entry_id for outcome in outcomes if outcome.frame]
+        if entries:
+            await self._connection.command("ZREM", f"{self._start}unstored", *entries)
+        await self._connection.command(
+            "XACK", f"{self._start}verdicts", STORAGE, *(outcome.entry_id for outcome in outcomes)
+        )
+
+    async def trim(self) -> int:
+        """Drop what nobody needs any more."""
+        keys = [f"{self._start}{name}" for name in ("frames", "verdicts", "unstored", "budget")]
+        return max(0, int(await self._connection.script(TRIM, keys, [])))
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        await self.own(ttl_ms=0)
+
+
+def _raise_errors(results: list[Any]) -> list[Any]:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+class RedisRouting:
+    """Roles of the versions."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+
+    async def get(self, model: str) -> Route | None:
+        """The model's route."""
+        names = ("version", "digest", "threshold", "generation")
+        version, digest, threshold, generation = await self._connection.command(
+            "HMGET", f"{prefix(model)}routing", *names
+        )
+        if version is None:
+            return None
+        return Route(
+            model, int(version), digest.decode(), float(threshold) if threshold else None, int(generation)
+        )
+
+    async def models(self) -> list[str]:
+        """Every model that has a route."""
+        return sorted(name.decode() for name in await self._connection.command("SMEMBERS", MODELS))
+
+    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
+        """Make a version live."""
+        await self._connection.command("SADD", MODELS, model)
+        await self._connection.ensure_groups(model)
+        start = prefix(model)
+        generation = await self._connection.script(
+            PROMOTE,
+            [f"{start}routing", f"{start}routing-changes"],
+            [version, digest, "" if threshold is None else repr(threshold)],
+        )
+        return Route(model, version, digest, threshold, int(generation))
+
+    async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
+        """The route once it has changed, or after the wait."""
+        key = f"{prefix(model)}routing-changes"
+        await self._connection.command(
+            "XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", key, f"{generation}-0"
+        )
+        return await self.get(model)
