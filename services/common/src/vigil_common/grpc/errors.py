@@ -21,9 +21,7 @@ log = get_logger()
 def to_status(error: VigilError) -> status_pb2.Status:
     """The error as google.rpc.Status: code, sentence, ErrorInfo and, where trying again helps, RetryInfo."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.status), message=error.message)
-    status.details.add().Pack(
-        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    )
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
@@ -46,11 +44,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-a
         if handler.response_streaming:
             method = handler.unary_stream or handler.stream_stream
             maker = (
-                grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
             )
             return maker(_streaming(method), handler.request_deserializer, handler.response_serializer)
         method = handler.unary_unary or handler.stream_unary
-        maker = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        maker = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
         return maker(_single(method), handler.request_deserializer, handler.response_serializer)
 
 

@@ -181,7 +181,13 @@ def _entries(reply: Any) -> list[tuple[bytes, Any]]:
         return []
     streams = list(reply.items()) if isinstance(reply, dict) else reply
     entries = streams[0][1]
-    if isinstance(reply, dict) and entries and isinstance(entries[0], list) and entries[0] and not _is_entry(entries[0]):
+    if (
+        isinstance(reply, dict)
+        and entries
+        and isinstance(entries[0], list)
+        and entries[0]
+        and not _is_entry(entries[0])
+    ):
         entries = entries[0]
     return [(entry[0], entry[1]) for entry in entries]
 
@@ -469,9 +475,7 @@ class RedisRouting:
         )
         if version is None:
             return None
-        return Route(
-            model, int(version), digest.decode(), float(threshold) if threshold else None, int(generation)
-        )
+        return Route(model, int(version), digest.decode(), float(threshold) if threshold else None, int(generation))
 
     async def models(self) -> list[str]:
         """Every model that has a route."""
@@ -492,7 +496,5 @@ class RedisRouting:
     async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
         """The route once it has changed, or after the wait."""
         key = f"{prefix(model)}routing-changes"
-        await self._connection.command(
-            "XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", key, f"{generation}-0"
-        )
+        await self._connection.command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", key, f"{generation}-0")
         return await self.get(model)

@@ -1,0 +1,49 @@
+"""Wires ingest: every client and clock enters here."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import TYPE_CHECKING
+
+from open_inference import grpc_predict_v2_pb2_grpc
+from vigil.ingest.v1 import ingest_pb2_grpc
+
+from vigil_common.grpc.server import create_server
+from vigil_common.logging import get_logger
+from vigil_common.streams.redis import RedisStreams
+from vigil_ingest.app import Ingest, Limits
+from vigil_ingest.open_inference import OpenInferenceServicer
+from vigil_ingest.servicer import IngestServicer
+
+if TYPE_CHECKING:
+    from vigil_ingest.config import Settings
+
+SERVICES = ("vigil.ingest.v1.IngestService", "inference.GRPCInferenceService")
+
+log = get_logger()
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve until stopped; then take no more frames and let those under way be answered."""
+    streams = await RedisStreams.connect(settings.redis_url, budget_bytes=settings.queue_budget_bytes)
+    limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.verdict_timeout_s)
+    app = Ingest(streams.queue, streams.routing, replica=uuid.uuid4().hex, limits=limits)
+    stopping = asyncio.Event()
+    handle = create_server(settings.ingest_bind, services=SERVICES, max_message_bytes=settings.max_image_bytes)
+    ingest_pb2_grpc.add_IngestServiceServicer_to_server(
+        IngestServicer(app, window=settings.window, stopping=stopping), handle.server
+    )
+    grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
+        OpenInferenceServicer(app, stopping=stopping), handle.server
+    )
+    await handle.start()
+    await streams.ping()
+    await handle.ready()
+    log.info("ready", port=handle.port)
+    await stop.wait()
+    stopping.set()
+    await handle.drain(settings.drain_s)
+    await app.close()
+    await streams.close()
+    log.info("drained")

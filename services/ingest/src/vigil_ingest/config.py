@@ -1,0 +1,35 @@
+"""Settings, from the environment: VIGIL_REDIS_URL and so on."""
+
+from __future__ import annotations
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Ingest's settings.
+
+    Attributes:
+        ingest_bind: "HOST:PORT" of the gRPC server.
+        redis_url: redis://, rediss:// or redis+cluster://.
+        metrics_port: Prometheus metrics; 0 for none.
+        queue_budget_bytes: Bytes of frames that a model's queue may hold.
+        max_image_bytes: Larger images are refused.
+        max_image_pixels: Images of more pixels are refused before they are decoded.
+        window: Frames in flight on one stream.
+        verdict_timeout_s: How long a client waits for a verdict.
+        drain_s: How long frames under way may take at a stop.
+        log_level: Least level logged.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="VIGIL_")
+
+    ingest_bind: str = "0.0.0.0:50051"
+    redis_url: str = "redis://127.0.0.1:6379"
+    metrics_port: int = 9090
+    queue_budget_bytes: int = 256 << 20
+    max_image_bytes: int = 32 << 20
+    max_image_pixels: int = 50_000_000
+    window: int = 256
+    verdict_timeout_s: float = 30.0
+    drain_s: float = 20.0
+    log_level: str = "INFO"

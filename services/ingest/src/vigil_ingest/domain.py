@@ -1,0 +1,101 @@
+"""What a frame must be to be accepted: pure checks, no transport."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vigil_common.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FRAME_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+MODEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+LABEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+# Printable ASCII without comma and double quote: the store carries labels as HTTP headers.
+LABEL_VALUE = re.compile(r"[!#-+\--~](?:[ !#-+\--~]{0,1022}[!#-+\--~])?")
+MAX_LABELS = 32
+# The store compares labels that read as numbers as numbers: 007 would be found as 7.
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|true|false|inf|nan|infinity", re.IGNORECASE)
+RESERVED = frozenset(
+    {
+        "frame_id", "sha256", "model", "version", "digest", "score", "label", "anomalous", "threshold", "camera",
+        "latency_us", "captured_at_us", "received_at_us", "outcome", "reason", "width", "height", "content_type",
+    }
+)  # fmt: skip
+YEAR_2000_US = 946_684_800_000_000
+MAX_AHEAD_US = 300_000_000
+UUID7 = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A frame as a client sent it; times in microseconds, None where the client gave none."""
+
+    frame_id: str
+    model: str
+    model_version: int | None
+    camera: str
+    captured_at_us: int | None
+    labels: Mapping[str, str]
+    image: bytes
+
+
+def check(frame: Submission, *, now_us: int) -> int:
+    """Check every field but the image.
+
+    Returns:
+        When the frame was captured: as said, as its UUIDv7 says, else now.
+
+    Raises:
+        InvalidInput: FRAME_ID_INVALID, MODEL_NAME_INVALID, CAMERA_INVALID, LABEL_INVALID, CAPTURED_AT_OUT_OF_RANGE.
+    """
+    if not FRAME_ID.fullmatch(frame.frame_id) or NUMBER.fullmatch(frame.frame_id):
+        raise InvalidInput(
+            "FRAME_ID_INVALID",
+            "frame_id must be 1 to 64 letters, digits, dots, dashes, underscores or colons, begin with a letter or "
+            "digit, and not read as a number; a UUIDv7 is a good one",
+        )
+    if not MODEL.fullmatch(frame.model):
+        raise InvalidInput("MODEL_NAME_INVALID", "model must be 1 to 63 lower-case letters, digits and dashes")
+    if not CAMERA.fullmatch(frame.camera):
+        raise InvalidInput("CAMERA_INVALID", "camera must be 1 to 64 letters, digits, dashes and underscores")
+    _check_labels(frame.labels)
+    captured_at_us = frame.captured_at_us
+    if captured_at_us is None:
+        return _uuid7_us(frame.frame_id, now_us) or now_us
+    if not YEAR_2000_US <= captured_at_us <= now_us + MAX_AHEAD_US:
+        raise InvalidInput(
+            "CAPTURED_AT_OUT_OF_RANGE",
+            "captured_at must not be before the year 2000 nor more than 300 s ahead of the server's clock",
+        )
+    return captured_at_us
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    if len(labels) > MAX_LABELS:
+        raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this one has {len(labels)}")
+    for name, value in labels.items():
+        if not LABEL_NAME.fullmatch(name):
+            raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
+        if name in RESERVED:
+            raise InvalidInput("LABEL_INVALID", f"label {name} is Vigil's own; choose another name")
+        if not LABEL_VALUE.fullmatch(value):
+            raise InvalidInput(
+                "LABEL_INVALID",
+                f"label {name} must be 1 to 1,024 printable ASCII characters without comma, double quote or spaces at "
+                "its ends",
+            )
+
+
+def _uuid7_us(frame_id: str, now_us: int) -> int | None:
+    try:
+        parsed = uuid.UUID(frame_id)
+    except ValueError:
+        return None
+    at_us = (parsed.int >> 80) * 1000
+    return at_us if parsed.version == UUID7 and YEAR_2000_US <= at_us <= now_us + MAX_AHEAD_US else None

@@ -1,0 +1,116 @@
+"""vigil.ingest.v1: convert in, await, convert out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from grpc_status import rpc_status
+from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+
+from vigil_common.errors import VigilError
+from vigil_common.logging import get_logger
+from vigil_ingest import convert
+from vigil_ingest.app import FRAMES, Ingest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import grpc
+
+log = get_logger()
+
+
+class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
+    """Submit and Stream.
+
+    Args:
+        app: The application.
+        window: Frames in flight on one stream before reading pauses.
+        stopping: Set while draining: streams take no new frames and end when theirs are answered.
+    """
+
+    def __init__(self, app: Ingest, *, window: int, stopping: asyncio.Event) -> None:
+        self._app = app
+        self._window = window
+        self._stopping = stopping
+
+    async def Submit(  # noqa: N802
+        self, request: ingest_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> ingest_pb2.SubmitResponse:
+        """One frame, one answer."""
+        response = await self._answer(request)
+        if response.HasField("error"):
+            await context.abort_with_status(rpc_status.to_status(response.error))
+        if response.HasField("accepted"):
+            return ingest_pb2.SubmitResponse(accepted=response.accepted)
+        return ingest_pb2.SubmitResponse(verdict=response.verdict)
+
+    async def Stream(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[ingest_pb2.StreamRequest],
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+    ) -> AsyncIterator[ingest_pb2.StreamResponse]:
+        """Many frames, one response each, as they are done."""
+        done: asyncio.Queue[ingest_pb2.StreamResponse | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._window)
+        reader = asyncio.create_task(self._read(request_iterator, room, done))
+        try:
+            while (response := await done.get()) is not None:
+                yield response
+                # Room is made only once the answer is on its way: a slow reader holds at most its window.
+                room.release()
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(
+        self,
+        requests: AsyncIterator[ingest_pb2.StreamRequest],
+        room: asyncio.Semaphore,
+        done: asyncio.Queue[ingest_pb2.StreamResponse | None],
+    ) -> None:
+        stopping = asyncio.create_task(self._stopping.wait())
+
+        async def one(request: ingest_pb2.StreamRequest) -> None:
+            await done.put(await self._answer(request))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                iterator = aiter(requests)
+                while not self._stopping.is_set():
+                    await room.acquire()
+                    upcoming = asyncio.ensure_future(anext(iterator, None))
+                    await asyncio.wait({upcoming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                    if not upcoming.done():
+                        upcoming.cancel()
+                        break
+                    request = upcoming.result()
+                    if request is None:
+                        break
+                    group.create_task(one(request))
+        finally:
+            stopping.cancel()
+            await done.put(None)
+
+    async def _answer(self, request: ingest_pb2.SubmitRequest | ingest_pb2.StreamRequest) -> ingest_pb2.StreamResponse:
+        """Whatever the frame, one response."""
+        frame = convert.submission(request.frame)
+        wait = request.wait_for != ingest_pb2.WAIT_FOR_ACCEPTED
+        try:
+            received_at_us, future = await self._app.accept(
+                frame, request.frame.outputs if request.frame.HasField("outputs") else None, wait=wait
+            )
+            if future is None:
+                FRAMES.labels("accepted").inc()
+                response = ingest_pb2.StreamResponse(frame_id=frame.frame_id)
+                response.accepted.CopyFrom(convert.acceptance(received_at_us))
+                return response
+            outcome = await self._app.outcome(frame, future, received_at_us)
+        except VigilError as error:
+            FRAMES.labels(error.reason.lower()).inc()
+            log.info("frame_refused", frame_id=frame.frame_id[:64], model=frame.model[:64], reason=error.reason)
+            return convert.failed(frame.frame_id, error)
+        FRAMES.labels("judged" if outcome.HasField("verdict") else "failed").inc()
+        log.debug("frame_answered", frame_id=frame.frame_id, model=frame.model)
+        return convert.answered(outcome)
