@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from vigil_common.lifecycle import run
+
 from vigil_ingest.bootstrap import serve
 from vigil_ingest.config import Settings
 

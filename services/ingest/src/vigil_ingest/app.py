@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
 from vigil.types.v1 import types_pb2
-
 from vigil_common.errors import Conflict, NotFound, NotLive, QueueFull, Unavailable, VerdictTimeout
 from vigil_common.images import inspect
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, FrameQueue, Route, RoutingTable
+
 from vigil_ingest.domain import Submission, check
 
 if TYPE_CHECKING:

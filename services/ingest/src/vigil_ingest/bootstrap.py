@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from open_inference import grpc_predict_v2_pb2_grpc
 from vigil.ingest.v1 import ingest_pb2_grpc
-
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
 from vigil_common.streams.redis import RedisStreams
+
 from vigil_ingest.app import Ingest, Limits
 from vigil_ingest.open_inference import OpenInferenceServicer
 from vigil_ingest.servicer import IngestServicer

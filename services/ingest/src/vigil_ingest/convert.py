@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from google.rpc import error_details_pb2, status_pb2
 from vigil.ingest.v1 import ingest_pb2
-
 from vigil_common.grpc.errors import to_status
+
 from vigil_ingest.domain import Submission
 
 if TYPE_CHECKING:
     from vigil.types.v1 import types_pb2
-
     from vigil_common.errors import VigilError
 
 DEFAULT_CAMERA = "default"

@@ -11,8 +11,8 @@ from grpc_status import rpc_status
 from open_inference import grpc_predict_v2_pb2 as oip
 from open_inference import grpc_predict_v2_pb2_grpc
 from vigil.types.v1 import types_pb2
-
 from vigil_common.errors import InvalidInput, NotFound, VigilError
+
 from vigil_ingest.convert import DEFAULT_CAMERA
 from vigil_ingest.domain import Submission
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
-
 from vigil_common.errors import VigilError
 from vigil_common.logging import get_logger
+
 from vigil_ingest import convert
 from vigil_ingest.app import FRAMES, Ingest
 

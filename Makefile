@@ -1,0 +1,51 @@
+# Vigil. `make` alone lists the targets. Everything installs itself: uv, Python packages, servers.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+CACHE := $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/vigil
+UV_VERSION := 0.13.9
+UV := $(shell command -v uv || echo $(CACHE)/uv-$(UV_VERSION)/bin/uv)
+REDUCTSTORE_VERSION := 1.21.5
+REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
+RUN := $(UV) run --frozen
+
+.PHONY: help demo test check bench protos reductstore
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.synced ## Train, publish, stream 300 real solar cells through every service, and count
+	$(RUN) vigil demo
+
+test: .venv/.synced $(REDUCTSTORE) ## Unit, contract and integration tests against real Valkey and ReductStore
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) pytest $(ARGS)
+
+check: .venv/.synced ## Lint, format, types, import contracts, generated code, lock
+	$(UV) lock --check
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy
+	$(RUN) lint-imports
+	$(RUN) python protos/generate.py --check
+
+bench: .venv/.synced $(REDUCTSTORE) ## The whole path beside the bare model, in one run
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.bench $(ARGS)
+
+protos: .venv/.synced ## Generate protos/gen anew
+	$(RUN) python protos/generate.py
+
+reductstore: $(REDUCTSTORE) ## Build ReductStore with cargo (about 6 minutes, once)
+
+# Without --locked: the crate's lock file names a version that has been withdrawn.
+$(REDUCTSTORE):
+	@command -v cargo >/dev/null || { echo "ReductStore is built with cargo: install Rust (https://rustup.rs), then run this again"; exit 1; }
+	@echo "building ReductStore $(REDUCTSTORE_VERSION) once, about 6 minutes on 2 cores"
+	cargo install reductstore --version $(REDUCTSTORE_VERSION) --no-default-features --features fs-backend --root $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)
+
+$(CACHE)/uv-$(UV_VERSION)/bin/uv:
+	python3 -m venv $(CACHE)/uv-$(UV_VERSION)
+	$(CACHE)/uv-$(UV_VERSION)/bin/pip install --quiet uv==$(UV_VERSION)
+
+.venv/.synced: $(UV) uv.lock pyproject.toml protos/pyproject.toml $(wildcard services/*/pyproject.toml)
+	$(UV) sync --frozen
+	@touch $@

@@ -1,0 +1,182 @@
+"""What the backbone promises, of the memory fake and of a real Valkey alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from vigil_common.errors import Unavailable
+from vigil_common.streams.memory import MemoryStreams
+from vigil_common.streams.ports import Admission, Admitted, Emission
+from vigil_common.streams.redis import RedisStreams
+
+from tests.support.valkey import ValkeyProcess
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+BUDGET = 10_000
+IMAGE = b"x" * 1000
+M = "cells"
+Streams = MemoryStreams | RedisStreams
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    server = ValkeyProcess(tmp_path_factory.mktemp("valkey")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "valkey"])
+async def streams(request: pytest.FixtureRequest, valkey: ValkeyProcess) -> AsyncIterator[Streams]:
+    if request.param == "memory":
+        yield MemoryStreams(budget_bytes=BUDGET)
+        return
+    real = await RedisStreams.connect(valkey.url, budget_bytes=BUDGET)
+    await real.queue._connection.command("FLUSHALL")
+    yield real
+    await real.close()
+
+
+async def admit(streams: Streams, frame_id: str, *, image: bytes = IMAGE, sha: bytes = b"s", to: str = "") -> Admitted:
+    return await streams.queue.admit(M, frame_id=frame_id, sha256=sha, header=b"h", image=image, reply_to=to)
+
+
+def emission(entry_id: str, frame_id: str, outcome: bytes = b"verdict", reply: bytes = b"verdict") -> Emission:
+    return Emission(entry_id, frame_id, outcome, reply)
+
+
+async def test_a_frame_reaches_one_worker_with_its_bytes_untouched(streams: Streams) -> None:
+    await admit(streams, "f1", image=bytes(range(256)))
+    first, second = streams.source(M, "a"), streams.source(M, "b")
+    (frame,) = await first.read(count=10, block_ms=100)
+    assert (frame.header, frame.image, frame.deliveries) == (b"h", bytes(range(256)), 1)
+    assert await second.read(count=10, block_ms=10) == []
+
+
+async def test_one_of_two_holders_emits_and_the_other_is_told(streams: Streams) -> None:
+    await admit(streams, "f1", to="replica")
+    first, second = streams.source(M, "a"), streams.source(M, "b")
+    (frame,) = await first.read(count=1, block_ms=100)
+    (claimed,) = await second.claim(min_idle_ms=0, count=10)
+    assert (claimed.entry_id, claimed.deliveries) == (frame.entry_id, 2)
+    assert await second.emit([emission(frame.entry_id, "f1")]) == [True]
+    assert await first.emit([emission(frame.entry_id, "f1")]) == [False]
+    after, replies = await streams.queue.read_replies(M, "replica", "0", block_ms=100)
+    assert replies == [b"verdict"]
+    assert await streams.queue.read_replies(M, "replica", after, block_ms=10) == (after, [])
+    outcomes = streams.outcomes(M, "s")
+    assert len(await outcomes.read(count=10, block_ms=100)) == 1
+
+
+async def test_the_same_frame_again_is_pending_then_judged_and_another_image_is_refused(streams: Streams) -> None:
+    assert (await admit(streams, "f1", to="old")).state is Admission.ADMITTED
+    assert (await admit(streams, "f1", sha=b"other")).state is Admission.REUSED
+    assert (await admit(streams, "f1", to="new")).state is Admission.PENDING
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=10, block_ms=100)
+    await source.emit([emission(frame.entry_id, "f1")])
+    assert (await streams.queue.read_replies(M, "new", "0", block_ms=100))[1] == [b"verdict"]
+    assert await admit(streams, "f1") == Admitted(Admission.JUDGED, b"verdict")
+
+
+async def test_a_reply_with_pictures_is_not_kept_and_the_frame_is_judged_again(streams: Streams) -> None:
+    await admit(streams, "f1")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, "f1", reply=b"verdict with pictures")])
+    assert (await admit(streams, "f1")).state is Admission.ADMITTED
+
+
+async def test_the_budget_refuses_and_room_comes_back_only_when_storage_is_done(streams: Streams) -> None:
+    states = [(await admit(streams, f"f{index}")).state for index in range(8)]
+    assert states == [Admission.ADMITTED] * 6 + [Admission.FULL] * 2
+    source, outcomes = streams.source(M, "a"), streams.outcomes(M, "s")
+    frames = await source.read(count=10, block_ms=100)
+    await source.emit([emission(frame.entry_id, f"f{index}") for index, frame in enumerate(frames)])
+    found = await outcomes.read(count=10, block_ms=100)
+    assert await outcomes.trim() == 0
+    assert (await admit(streams, "f8")).state is Admission.FULL
+    # Frames leave from the head only: the second and third wait for the first.
+    await outcomes.done(found[1:3])
+    assert await outcomes.trim() == 0
+    await outcomes.done(found[:1])
+    assert await outcomes.trim() == 3
+    depth = await streams.queue.depth(M)
+    assert (depth.frames, depth.unstored, depth.unjudged) == (3, 3, 0)
+    assert depth.image_bytes == 3 * 1513
+    assert [(await admit(streams, f"g{index}")).state for index in range(4)] == [Admission.ADMITTED] * 3 + [
+        Admission.FULL
+    ]
+
+
+async def test_a_frame_not_yet_judged_is_never_trimmed(streams: Streams) -> None:
+    await admit(streams, "f1")
+    await admit(streams, "f2")
+    source, outcomes = streams.source(M, "a"), streams.outcomes(M, "s")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, "f1")])
+    await outcomes.done(await outcomes.read(count=1, block_ms=100))
+    assert await outcomes.trim() == 1
+    (rest,) = await source.read(count=1, block_ms=100)
+    await outcomes.trim()
+    assert await source.emit([emission(rest.entry_id, "f2")]) == [True]
+    (outcome,) = await outcomes.read(count=1, block_ms=100)
+    assert outcome.frame is not None
+    assert outcome.frame.image == IMAGE
+
+
+async def test_an_owner_that_comes_back_finds_what_it_had_not_finished(streams: Streams) -> None:
+    await admit(streams, "f1")
+    await admit(streams, "f2")
+    source = streams.source(M, "a")
+    frames = await source.read(count=2, block_ms=100)
+    await source.emit([emission(frame.entry_id, f"f{index}") for index, frame in enumerate(frames, 1)])
+    crashed = streams.outcomes(M, "s1")
+    assert await crashed.own(ttl_ms=10_000)
+    taken = await crashed.read(count=2, block_ms=100)
+    await crashed.done(taken[:1])
+    heir = streams.outcomes(M, "s2")
+    assert not await heir.own(ttl_ms=10_000)
+    await crashed.close()
+    assert await heir.own(ttl_ms=10_000)
+    (left,) = await heir.read(count=10, block_ms=0, pending=True)
+    assert left.entry_id == taken[1].entry_id
+    assert await heir.read(count=10, block_ms=0, pending=True) == []
+
+
+async def test_a_dead_frame_is_counted_and_still_goes_to_storage(streams: Streams) -> None:
+    await admit(streams, "f1")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([Emission(frame.entry_id, "f1", b"failure", b"failure", "IMAGE_TRUNCATED")])
+    assert (await streams.queue.depth(M)).dead == 1
+    (outcome,) = await streams.outcomes(M, "s").read(count=1, block_ms=100)
+    assert outcome.outcome == b"failure"
+
+
+async def test_a_promotion_is_seen_by_who_waits(streams: Streams) -> None:
+    assert await streams.routing.get(M) is None
+    first = await streams.routing.promote(M, version=1, digest="sha256:1", threshold=None)
+    assert await streams.routing.models() == [M]
+    assert await streams.routing.wait(M, first.generation, block_ms=10) == first
+    second = await streams.routing.promote(M, version=2, digest="sha256:2", threshold=0.25)
+    assert await streams.routing.wait(M, first.generation, block_ms=1000) == second
+    assert second.threshold == 0.25
+
+
+async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    states = [(await admit(streams, f"f{index}")).state for index in range(50)]
+    server.kill()
+    server.start()
+    assert states == [Admission.ADMITTED] * 50
+    with pytest.raises(Unavailable):  # the broken connection: in doubt, so the caller must ask again
+        await admit(streams, "f7")
+    assert (await admit(streams, "f7")).state is Admission.PENDING
+    assert len(await streams.source(M, "a").read(count=100, block_ms=100)) == 50
+    await streams.close()
+    server.stop()
