@@ -22,9 +22,7 @@ def configure(service: str, level: str = "INFO") -> None:
         level: Least level shown, such as "INFO".
     """
     threshold = logging.getLevelNamesMapping()[level.upper()]
-    renderer: Any = (
-        structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    )
+    renderer: Any = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

@@ -39,26 +39,26 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         self._app = app
         self._stopping = stopping
 
-    async def ServerLive(  # noqa: N802
+    async def ServerLive(
         self,
         request: oip.ServerLiveRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> oip.ServerLiveResponse:
         """Whether the process serves."""
         return oip.ServerLiveResponse(live=True)
 
-    async def ServerReady(  # noqa: N802
+    async def ServerReady(
         self,
         request: oip.ServerReadyRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> oip.ServerReadyResponse:
         """Whether it takes frames."""
         return oip.ServerReadyResponse(ready=not self._stopping.is_set())
 
-    async def ModelReady(  # noqa: N802
+    async def ModelReady(
         self,
         request: oip.ModelReadyRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> oip.ModelReadyResponse:
         """Whether the model, or the version asked for, is live."""
         try:
@@ -67,18 +67,18 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             return oip.ModelReadyResponse(ready=False)
         return oip.ModelReadyResponse(ready=True)
 
-    async def ServerMetadata(  # noqa: N802
+    async def ServerMetadata(
         self,
         request: oip.ServerMetadataRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> oip.ServerMetadataResponse:
         """Who this is."""
         return oip.ServerMetadataResponse(name="vigil", version="0.1.0")
 
-    async def ModelMetadata(  # noqa: N802
+    async def ModelMetadata(
         self,
         request: oip.ModelMetadataRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> oip.ModelMetadataResponse:
         """Inputs and outputs."""
         route = await self._app.route(request.name, _version(request.version))
@@ -96,7 +96,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             ],
         )
 
-    async def ModelInfer(  # noqa: N802
+    async def ModelInfer(
         self, request: oip.ModelInferRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> oip.ModelInferResponse:
         """Judge each image of the batch; one bad image fails the call with its reason."""

@@ -35,7 +35,7 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         self._window = window
         self._stopping = stopping
 
-    async def Submit(  # noqa: N802
+    async def Submit(
         self, request: ingest_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> ingest_pb2.SubmitResponse:
         """One frame, one answer."""
@@ -46,10 +46,10 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             return ingest_pb2.SubmitResponse(accepted=response.accepted)
         return ingest_pb2.SubmitResponse(verdict=response.verdict)
 
-    async def Stream(  # noqa: N802
+    async def Stream(
         self,
         request_iterator: AsyncIterator[ingest_pb2.StreamRequest],
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[ingest_pb2.StreamResponse]:
         """Many frames, one response each, as they are done."""
         done: asyncio.Queue[ingest_pb2.StreamResponse | None] = asyncio.Queue()

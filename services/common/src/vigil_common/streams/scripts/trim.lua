@@ -18,10 +18,14 @@ if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('EXISTS', KEYS[2]) == 0 then
 local ms, seq = low_water(KEYS[1], 'live')
 local outcome_ms, outcome_seq = low_water(KEYS[2], 'storage')
 if not ms or not outcome_ms then return -1 end
-local unstored = redis.call('ZRANGE', KEYS[3], 0, 0)
+local unstored = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
 if unstored[1] then
-  local store_ms, store_seq = string.match(unstored[1], '^(%d+)-(%d+)$')
-  if tonumber(store_ms) <= tonumber(ms) then ms, seq = store_ms, '0' end
+  -- Within one millisecond the set is in text order, so -10 stands before -2.
+  for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], unstored[2], unstored[2])) do
+    local store_ms, store_seq = string.match(entry, '^(%d+)-(%d+)$')
+    local earlier = tonumber(store_ms) < tonumber(ms)
+    if earlier or (store_ms == ms and tonumber(store_seq) < tonumber(seq)) then ms, seq = store_ms, store_seq end
+  end
 end
 local trimmed = redis.call('XTRIM', KEYS[1], 'MINID', ms .. '-' .. seq)
 redis.call('XTRIM', KEYS[2], 'MINID', outcome_ms .. '-' .. outcome_seq)
