@@ -1,1 +1,36 @@
-"""Vigil client library: stream images, get verdicts, survive lost connections."""
+"""Vigil client library: stream images, get verdicts, survive lost connections.
+
+async with VigilClient("localhost:50051") as client:
+    async for result in client.stream(frames):
+        print(result.frame_id, result.verdict or result.error)
+"""
+
+from vigil_client.client import VigilClient
+from vigil_client.storage import StorageClient
+from vigil_client.types import (
+    Failure,
+    Frame,
+    Model,
+    Result,
+    ServiceError,
+    StoredFrame,
+    Verdict,
+    Visualization,
+    WaitFor,
+    new_frame_id,
+)
+
+__all__ = [
+    "Failure",
+    "Frame",
+    "Model",
+    "Result",
+    "ServiceError",
+    "StorageClient",
+    "StoredFrame",
+    "Verdict",
+    "VigilClient",
+    "Visualization",
+    "WaitFor",
+    "new_frame_id",
+]

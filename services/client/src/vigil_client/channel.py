@@ -1,0 +1,45 @@
+"""How channels to Vigil's services are made."""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+
+# Visualisations and bundles' chunks are larger than gRPC's 4 MiB.
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# Calls that may be repeated: storage's are idempotent, ingest's client retries by itself.
+_RETRY_UNAVAILABLE = {
+    "methodConfig": [
+        {
+            "name": [{"service": "vigil.storage.v1.FrameService"}, {"service": "vigil.storage.v1.ModelService"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+def connect(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A channel that finds its server again within seconds; TLS where there are credentials."""
+    options = [
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.service_config", json.dumps(_RETRY_UNAVAILABLE)),
+    ]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
+    """The call metadata that carries the token."""
+    return (("authorization", f"Bearer {token}"),) if token else ()

@@ -1,0 +1,300 @@
+"""Frames in, results out, over connections that may break."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import grpc
+from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+
+from vigil_client import convert
+from vigil_client.channel import connect, metadata
+from vigil_client.types import Failure, Frame, Result, WaitFor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+    from types import TracebackType
+
+_FIRST_BACKOFF_S = 0.1
+_LAST_BACKOFF_S = 5.0
+_GOODBYE_S = 2.0
+
+
+def _retryable(failure: Failure) -> bool:
+    # RESOURCE_EXHAUSTED without a delay is gRPC's own word for a message over its limit: that never gets better.
+    if failure.code == "RESOURCE_EXHAUSTED":
+        return failure.retry_after_s is not None
+    return failure.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
+
+
+def _backoff_s(attempt: int, failure: Failure) -> float:
+    longest = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(attempt, 10))
+    jittered = longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients out, no secret
+    return max(jittered, failure.retry_after_s or 0.0)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    frame: Frame
+    first_sent_s: float
+    attempts: int = 0
+    retry: asyncio.TimerHandle | None = None
+
+    def result(self, **outcome: object) -> Result:
+        latency_s = time.monotonic() - self.first_sent_s
+        return Result(self.frame.frame_id, latency_s, attempts=max(self.attempts, 1), **outcome)  # type: ignore[arg-type]
+
+
+class VigilClient:
+    """Sends frames to ingest.
+
+    Args:
+        address: Ingest as "host:port".
+        window: Most frames unanswered at a time on one stream, and most results waiting to be taken.
+        channel_credentials: For TLS; plain text where None.
+        token: Sent as a bearer token.
+        max_retry_s: How long after its first sending a frame is sent again; then its result is an error.
+        silence_s: A stream with unanswered frames and no answer for this long counts as lost.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        window: int = 64,
+        channel_credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        max_retry_s: float = 120.0,
+        silence_s: float = 60.0,
+    ) -> None:
+        self._address = address
+        self._credentials = channel_credentials
+        self._channel: grpc.aio.Channel | None = None
+        self.window = window
+        self.metadata = metadata(token)
+        self.max_retry_s = max_retry_s
+        self.silence_s = silence_s
+
+    async def __aenter__(self) -> Self:
+        self._channel = connect(self._address, self._credentials)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+    @property
+    def stub(self) -> ingest_pb2_grpc.IngestServiceAsyncStub:
+        """The generated stub, for what this class doesn't offer."""
+        if self._channel is None:
+            raise RuntimeError("use `async with VigilClient(...)`")
+        return ingest_pb2_grpc.IngestServiceStub(self._channel)
+
+    async def submit(self, frame: Frame, *, wait_for: WaitFor = WaitFor.VERDICT) -> Result:
+        """Send one frame and wait for its answer; errors come as the result's `error`."""
+        request = ingest_pb2.SubmitRequest(frame=convert.frame_message(frame), wait_for=convert.wait_for(wait_for))
+        flight = _InFlight(frame, time.monotonic())
+        while True:
+            flight.attempts += 1
+            try:
+                response = await self.stub.Submit(request, metadata=self.metadata, timeout=self.silence_s)
+            except grpc.aio.AioRpcError as error:
+                failure = convert.rpc_failure(error)
+                wait_s = _backoff_s(flight.attempts - 1, failure)
+                if not _retryable(failure) or self._too_late(flight, wait_s):
+                    return flight.result(error=failure)
+                await asyncio.sleep(wait_s)
+                continue
+            if response.HasField("verdict"):
+                return flight.result(verdict=convert.verdict(response.verdict), accepted=True)
+            return flight.result(accepted=True)
+
+    async def stream(
+        self, frames: AsyncIterable[Frame] | Iterable[Frame], *, wait_for: WaitFor = WaitFor.VERDICT
+    ) -> AsyncIterator[Result]:
+        """Send many frames and yield one result for each, in the order they are done.
+
+        A lost connection is made again and the unanswered frames are sent again under the same ids; the server judges
+        each once. The source is read only as fast as the window allows.
+        """
+        session = _StreamSession(self, wait_for)
+        tasks = [asyncio.create_task(session.feed(frames)), asyncio.create_task(session.run())]
+        try:
+            while (result := await session.next_result(tasks)) is not None:
+                yield result
+        finally:
+            # All answered: let the server end the stream its way before it is cut.
+            await asyncio.wait(tasks, timeout=_GOODBYE_S if session.finished else 0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _too_late(self, flight: _InFlight, wait_s: float) -> bool:
+        return time.monotonic() + wait_s - flight.first_sent_s > self.max_retry_s
+
+
+class _StreamSession:
+    """One call of `stream`: frames in flight, and the connections that carry them one after another."""
+
+    def __init__(self, client: VigilClient, wait_for: WaitFor) -> None:
+        self._client = client
+        self._wait_for = convert.wait_for(wait_for)
+        self._room = asyncio.Semaphore(client.window)
+        self._flights: dict[str, _InFlight] = {}
+        # Ids to send; None once there is nothing more to come.
+        self._outbox: asyncio.Queue[str | None] = asyncio.Queue()
+        self._results: asyncio.Queue[Result | None] = asyncio.Queue()
+        self._source_ended = False
+        self.finished = False
+
+    async def next_result(self, tasks: list[asyncio.Task[None]]) -> Result | None:
+        """The next result, None after the last; raises what the source raised."""
+        getter = asyncio.ensure_future(self._results.get())
+        waiting: set[asyncio.Future[object]] = {getter, *(task for task in tasks if not task.done())}  # type: ignore[arg-type]
+        while not getter.done():
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {getter}:
+                if task.exception() is not None:
+                    getter.cancel()
+                    task.result()
+        result = getter.result()
+        if result is not None:
+            self._room.release()
+        return result
+
+    async def feed(self, frames: AsyncIterable[Frame] | Iterable[Frame]) -> None:
+        """Take frames from the source as there is room for them."""
+        async for frame in _as_async(frames):
+            await self._room.acquire()
+            flight = _InFlight(frame, time.monotonic())
+            if frame.frame_id in self._flights:
+                message = "this frame id is in flight already; give each frame its own"
+                self._results.put_nowait(flight.result(error=Failure("ALREADY_EXISTS", "FRAME_ID_REUSED", message)))
+                continue
+            self._flights[frame.frame_id] = flight
+            self._outbox.put_nowait(frame.frame_id)
+        self._source_ended = True
+        self._finish_if_done()
+
+    async def run(self) -> None:
+        """Keep a connection up while there is something to send."""
+        losses = 0
+        while not self.finished:
+            if await self._outbox.get() is None:
+                return
+            self._send_all_again()
+            failure, heard = await self._converse()
+            if self.finished:
+                return
+            losses = 0 if heard else losses + 1
+            if not _retryable(failure):
+                await self._one_by_one()
+                continue
+            wait_s = _backoff_s(losses, failure)
+            for flight in list(self._flights.values()):
+                if self._client._too_late(flight, wait_s):  # noqa: SLF001 - same module
+                    self._settle(flight, flight.result(error=failure))
+            await asyncio.sleep(wait_s)
+            if self._flights:
+                self._outbox.put_nowait(next(iter(self._flights)))
+
+    async def _converse(self) -> tuple[Failure, bool]:
+        """One connection from first to last message; returns why it ended, and whether it brought an answer."""
+        call = self._client.stub.Stream(metadata=self._client.metadata)
+        writer = asyncio.create_task(self._write(call))
+        heard = False
+        try:
+            while True:
+                try:
+                    response = await asyncio.wait_for(call.read(), self._client.silence_s)
+                except TimeoutError:
+                    if self._flights:
+                        return Failure("UNAVAILABLE", "STREAM_SILENT", "no answer came in time"), heard
+                    return Failure("UNAVAILABLE", "STREAM_IDLE", "closed while idle"), True
+                if not isinstance(response, ingest_pb2.StreamResponse):  # EOF
+                    return Failure("UNAVAILABLE", "STREAM_ENDED", "the server ended the stream"), heard
+                heard = True
+                self._answer(response)
+        except grpc.aio.AioRpcError as error:
+            return convert.rpc_failure(error), heard
+        finally:
+            call.cancel()
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(
+        self, call: grpc.aio.StreamStreamCall[ingest_pb2.StreamRequest, ingest_pb2.StreamResponse]
+    ) -> None:
+        # A failed write shows in the reader, with the status that explains it.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while (frame_id := await self._outbox.get()) is not None:
+                flight = self._flights.get(frame_id)
+                if flight is None:
+                    continue
+                flight.attempts += 1
+                message = convert.frame_message(flight.frame)
+                await call.write(ingest_pb2.StreamRequest(frame=message, wait_for=self._wait_for))
+            await call.done_writing()
+
+    def _answer(self, response: ingest_pb2.StreamResponse) -> None:
+        flight = self._flights.get(response.frame_id)
+        if flight is None:  # an earlier sending's second answer
+            return
+        if response.HasField("verdict"):
+            self._settle(flight, flight.result(verdict=convert.verdict(response.verdict), accepted=True))
+        elif response.HasField("accepted"):
+            self._settle(flight, flight.result(accepted=True))
+        else:
+            failure = convert.failure(response.error)
+            wait_s = _backoff_s(flight.attempts - 1, failure)
+            if _retryable(failure) and not self._client._too_late(flight, wait_s):  # noqa: SLF001 - same module
+                loop = asyncio.get_running_loop()
+                flight.retry = loop.call_later(wait_s, self._outbox.put_nowait, response.frame_id)
+            else:
+                self._settle(flight, flight.result(error=failure))
+
+    async def _one_by_one(self) -> None:
+        """The whole stream was refused, perhaps for one frame (too large): ask for each by itself."""
+        wait_for = WaitFor.VERDICT if self._wait_for == ingest_pb2.WAIT_FOR_VERDICT else WaitFor.ACCEPTED
+        flights = list(self._flights.values())
+        results = await asyncio.gather(*(self._client.submit(flight.frame, wait_for=wait_for) for flight in flights))
+        for flight, result in zip(flights, results, strict=True):
+            self._settle(flight, result)
+
+    def _send_all_again(self) -> None:
+        while not self._outbox.empty():
+            self._outbox.get_nowait()
+        for frame_id, flight in self._flights.items():
+            if flight.retry is not None:
+                flight.retry.cancel()
+            self._outbox.put_nowait(frame_id)
+
+    def _settle(self, flight: _InFlight, result: Result) -> None:
+        if flight.retry is not None:
+            flight.retry.cancel()
+        del self._flights[flight.frame.frame_id]
+        self._results.put_nowait(result)
+        self._finish_if_done()
+
+    def _finish_if_done(self) -> None:
+        if self._source_ended and not self._flights and not self.finished:
+            self.finished = True
+            self._outbox.put_nowait(None)
+            self._results.put_nowait(None)
+
+
+async def _as_async(frames: AsyncIterable[Frame] | Iterable[Frame]) -> AsyncIterator[Frame]:
+    if isinstance(frames, AsyncIterable):
+        async for frame in frames:
+            yield frame
+    else:
+        for frame in frames:
+            yield frame

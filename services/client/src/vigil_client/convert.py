@@ -1,0 +1,123 @@
+"""Between protobuf and the types of this package."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from typing import TYPE_CHECKING
+
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from vigil.ingest.v1 import ingest_pb2
+from vigil.types.v1 import types_pb2
+
+from vigil_client.types import Failure, Frame, Model, StoredFrame, Verdict, Visualization, WaitFor
+
+if TYPE_CHECKING:
+    import grpc
+    from vigil.storage.v1 import storage_pb2
+
+_WAIT = {WaitFor.ACCEPTED: ingest_pb2.WAIT_FOR_ACCEPTED, WaitFor.VERDICT: ingest_pb2.WAIT_FOR_VERDICT}
+VISUALIZATIONS = {
+    Visualization.NONE: types_pb2.VISUALIZATION_NONE,
+    Visualization.SIMPLE: types_pb2.VISUALIZATION_SIMPLE,
+    Visualization.FULL: types_pb2.VISUALIZATION_FULL,
+}
+
+
+def wait_for(what: WaitFor) -> ingest_pb2.WaitFor.ValueType:
+    """The protobuf value."""
+    return _WAIT[what]
+
+
+def frame_message(frame: Frame) -> ingest_pb2.Frame:
+    """The frame as ingest takes it."""
+    message = ingest_pb2.Frame(
+        frame_id=frame.frame_id,
+        model=frame.model,
+        model_version=frame.model_version,
+        camera=frame.camera or "",
+        labels=dict(frame.labels),
+        outputs=types_pb2.OutputOptions(
+            visualization=VISUALIZATIONS[frame.visualization], anomaly_map=frame.anomaly_map, mask=frame.mask
+        ),
+        image=frame.image,
+    )
+    if frame.captured_at is not None:
+        message.captured_at.FromDatetime(frame.captured_at)
+    return message
+
+
+def verdict(message: types_pb2.Verdict) -> Verdict:
+    """A verdict as callers get it."""
+
+    def picture(found: types_pb2.Picture) -> bytes | None:
+        return found.data or None
+
+    timing = message.timing
+    return Verdict(
+        frame_id=message.frame_id,
+        model=message.model.name,
+        version=message.model.version,
+        digest=message.model.digest,
+        score=message.score,
+        anomalous=message.label == types_pb2.LABEL_ANOMALOUS,
+        threshold=message.threshold,
+        queue_s=timing.queue.ToMicroseconds() / 1e6,
+        decode_s=timing.decode.ToMicroseconds() / 1e6,
+        inference_s=timing.inference.ToMicroseconds() / 1e6,
+        total_s=timing.total.ToMicroseconds() / 1e6,
+        anomaly_map=picture(message.anomaly_map),
+        mask=picture(message.mask),
+        visualization=picture(message.visualization),
+    )
+
+
+def failure(status: status_pb2.Status) -> Failure:
+    """A status with its ErrorInfo and RetryInfo."""
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    retry_after_s = None
+    for detail in status.details:
+        if not detail.Unpack(info) and detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToMicroseconds() / 1e6
+    return Failure(code_pb2.Code.Name(status.code), info.reason, status.message, retry_after_s)
+
+
+def rpc_failure(error: grpc.aio.AioRpcError) -> Failure:
+    """A call's error, with its details where it carries them."""
+    status = rpc_status.from_call(error)
+    if status is not None:
+        return failure(status)
+    return Failure(error.code().name, "", error.details() or "no details")
+
+
+def stored_frame(message: storage_pb2.StoredFrame) -> StoredFrame:
+    """A frame as the store keeps it."""
+    header = message.header
+    return StoredFrame(
+        frame_id=header.frame_id,
+        model=header.model,
+        camera=header.camera,
+        captured_at=header.captured_at.ToDatetime(UTC),
+        stored_at=message.stored_at.ToDatetime(UTC),
+        content_type=header.content_type,
+        width=header.width,
+        height=header.height,
+        image_bytes=message.image_bytes,
+        labels=dict(message.labels),
+        verdict=verdict(message.verdict) if message.HasField("verdict") else None,
+        failure_reason=message.failure_reason,
+    )
+
+
+def model(message: storage_pb2.Model, *, created: bool = True) -> Model:
+    """A published version."""
+    return Model(
+        name=message.version.name,
+        version=message.version.version,
+        digest=message.version.digest,
+        size_bytes=message.size_bytes,
+        formats=tuple(message.formats),
+        published_at=message.published_at.ToDatetime(UTC),
+        manifest=message.manifest,
+        created=created,
+    )

@@ -1,0 +1,178 @@
+"""What the storage service keeps: frames and models."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Self
+
+import grpc
+from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
+from vigil.types.v1 import types_pb2
+
+from vigil_client import convert
+from vigil_client.channel import connect, metadata
+from vigil_client.types import Failure, Model, ServiceError, StoredFrame
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from datetime import datetime
+    from types import TracebackType
+
+_CHUNK_BYTES = 1024 * 1024
+_PAGE_SIZE = 500
+
+
+class StorageClient:
+    """Asks storage; every method raises `ServiceError` with the service's code, reason and message.
+
+    Args:
+        address: Storage as "host:port".
+        channel_credentials: For TLS; plain text where None.
+        token: Sent as a bearer token.
+        timeout_s: For each call.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        channel_credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self._address = address
+        self._credentials = channel_credentials
+        self._metadata = metadata(token)
+        self._timeout_s = timeout_s
+        self._channel: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        self._channel = connect(self._address, self._credentials)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+    @property
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise RuntimeError("use `async with StorageClient(...)`")
+        return self._channel
+
+    @property
+    def _frames(self) -> storage_pb2_grpc.FrameServiceAsyncStub:
+        return storage_pb2_grpc.FrameServiceStub(self._open)
+
+    @property
+    def _models(self) -> storage_pb2_grpc.ModelServiceAsyncStub:
+        return storage_pb2_grpc.ModelServiceStub(self._open)
+
+    async def frames_query(
+        self,
+        model: str,
+        *,
+        camera: str | None = None,
+        start: datetime | None = None,
+        stop: datetime | None = None,
+        version: int | None = None,
+        anomalous: bool | None = None,
+        min_score: float | None = None,
+        max_score: float | None = None,
+        failed: bool = False,
+        limit: int | None = None,
+    ) -> AsyncIterator[StoredFrame]:
+        """Stored frames that match, oldest first, page by page as they are taken."""
+        label = {
+            None: types_pb2.LABEL_UNSPECIFIED,
+            False: types_pb2.LABEL_NORMAL,
+            True: types_pb2.LABEL_ANOMALOUS,
+        }[anomalous]
+        request = storage_pb2.QueryRequest(
+            model=model,
+            camera=camera or "",
+            version=version or 0,
+            label=label,
+            min_score=min_score,
+            max_score=max_score,
+            failed=failed,
+        )
+        if start is not None:
+            request.start.FromDatetime(start)
+        if stop is not None:
+            request.stop.FromDatetime(stop)
+        left = limit
+        while left is None or left > 0:
+            request.page_size = _PAGE_SIZE if left is None else min(_PAGE_SIZE, left)
+            try:
+                response = await self._frames.Query(request, metadata=self._metadata, timeout=self._timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise ServiceError(convert.rpc_failure(error)) from error
+            for frame in response.frames:
+                yield convert.stored_frame(frame)
+            if not response.next_page_token:
+                return
+            request.page_token = response.next_page_token
+            left = None if left is None else left - len(response.frames)
+
+    async def frames_get(self, model: str, frame_id: str, *, camera: str | None = None) -> tuple[StoredFrame, bytes]:
+        """One frame with its encoded image."""
+        request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
+        try:
+            response = await self._frames.Get(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.stored_frame(response.frame), response.image
+
+    async def models_publish(self, bundle: bytes, *, name: str = "", version: int = 0) -> Model:
+        """Publish a bundle; the server checks it against the digest computed here."""
+        digest = f"sha256:{hashlib.sha256(bundle).hexdigest()}"
+
+        def parts() -> Iterator[storage_pb2.PublishRequest]:
+            header = storage_pb2.PublishHeader(name=name, version=version, digest=digest)
+            yield storage_pb2.PublishRequest(header=header)
+            for start in range(0, len(bundle), _CHUNK_BYTES):
+                yield storage_pb2.PublishRequest(chunk=bundle[start : start + _CHUNK_BYTES])
+
+        try:
+            response = await self._models.Publish(parts(), metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.model(response.model, created=response.created)
+
+    async def models_list(self, name: str = "") -> list[Model]:
+        """All versions of one model, or of every model."""
+        request = storage_pb2.ListRequest(name=name)
+        try:
+            response = await self._models.List(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return [convert.model(found) for found in response.models]
+
+    async def models_get(self, name: str, version: int = 0) -> Model:
+        """What is known of one version; the newest where the version is 0."""
+        request = storage_pb2.GetModelRequest(name=name, version=version)
+        try:
+            response = await self._models.GetModel(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.model(response.model)
+
+    async def models_download(self, name: str, version: int = 0) -> tuple[Model, bytes]:
+        """One version with its bundle, checked against its digest; the newest where the version is 0."""
+        request = storage_pb2.DownloadRequest(name=name, version=version)
+        found: Model | None = None
+        bundle = bytearray()
+        try:
+            async for part in self._models.Download(request, metadata=self._metadata, timeout=self._timeout_s):
+                if part.HasField("model"):
+                    found = convert.model(part.model)
+                else:
+                    bundle += part.chunk
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        if found is None or found.digest != f"sha256:{hashlib.sha256(bundle).hexdigest()}":
+            raise ServiceError(Failure("DATA_LOSS", "DIGEST_MISMATCH", "the bundle received is not its digest's"))
+        return found, bytes(bundle)

@@ -1,0 +1,267 @@
+"""The client against a small ingest in this process, which refuses, stalls and drops connections as told."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil.types.v1 import types_pb2
+from vigil_client import Frame, VigilClient, WaitFor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+DEADLINE_S = 10.0
+
+
+def _status(code: int, reason: str, retry_after_s: float | None = None) -> status_pb2.Status:
+    status = status_pb2.Status(code=code, message=reason.lower())
+    details: list[error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo]
+    details = [error_details_pb2.ErrorInfo(reason=reason, domain="vigil.dev")]
+    if retry_after_s is not None:
+        delay = duration_pb2.Duration(nanos=int(retry_after_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
+    """Answers each frame with a verdict, after the troubles put into it."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.streams = 0
+        self.troubles: dict[str, list[status_pb2.Status]] = {}
+        self.drop_after: list[int] = []
+        self.refuse_streams = False
+        self.hold = False
+        self.most_unanswered = 0
+
+    def _outcome(self, frame: ingest_pb2.Frame) -> status_pb2.Status | types_pb2.Verdict:
+        self.seen.append(frame.frame_id)
+        troubles = self.troubles.get(frame.frame_id)
+        if troubles:
+            return troubles.pop(0)
+        return types_pb2.Verdict(frame_id=frame.frame_id, score=0.75, label=types_pb2.LABEL_ANOMALOUS)
+
+    async def Submit(  # noqa: N802 - gRPC's name
+        self,
+        request: ingest_pb2.SubmitRequest,
+        context: grpc.aio.ServicerContext[ingest_pb2.SubmitRequest, ingest_pb2.SubmitResponse],
+    ) -> ingest_pb2.SubmitResponse:
+        outcome = self._outcome(request.frame)
+        if isinstance(outcome, status_pb2.Status):
+            context.set_trailing_metadata((("grpc-status-details-bin", outcome.SerializeToString()),))
+            code = next(code for code in grpc.StatusCode if code.value[0] == outcome.code)
+            await context.abort(code, outcome.message)
+        if request.wait_for == ingest_pb2.WAIT_FOR_ACCEPTED:
+            return ingest_pb2.SubmitResponse(accepted=ingest_pb2.Acceptance())
+        return ingest_pb2.SubmitResponse(verdict=outcome)
+
+    async def Stream(  # noqa: N802 - gRPC's name
+        self,
+        requests: AsyncIterator[ingest_pb2.StreamRequest],
+        context: grpc.aio.ServicerContext[ingest_pb2.StreamRequest, ingest_pb2.StreamResponse],
+    ) -> AsyncIterator[ingest_pb2.StreamResponse]:
+        self.streams += 1
+        if self.refuse_streams:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max")
+        left = self.drop_after.pop(0) if self.drop_after else None
+        if self.hold:
+            async for response in self._answer_late(requests):
+                yield response
+            return
+        async for request in requests:
+            if left == 0:
+                self.seen.append(request.frame.frame_id)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
+            left = None if left is None else left - 1
+            yield self._response(request.frame)
+
+    async def _answer_late(
+        self, requests: AsyncIterator[ingest_pb2.StreamRequest]
+    ) -> AsyncIterator[ingest_pb2.StreamResponse]:
+        """Answer only once nothing more comes, so that the client's window fills."""
+        arrived: asyncio.Queue[ingest_pb2.Frame | None] = asyncio.Queue()
+
+        async def read() -> None:
+            async for request in requests:
+                arrived.put_nowait(request.frame)
+            arrived.put_nowait(None)
+
+        reader = asyncio.create_task(read())
+        held: list[ingest_pb2.Frame] = []
+        frame: ingest_pb2.Frame | None = None
+        while True:
+            try:
+                frame = await asyncio.wait_for(arrived.get(), 0.3)
+            except TimeoutError:
+                for late in held:
+                    yield self._response(late)
+                held.clear()
+                continue
+            if frame is None:
+                break
+            held.append(frame)
+            self.most_unanswered = max(self.most_unanswered, len(held))
+        await reader
+
+    def _response(self, frame: ingest_pb2.Frame) -> ingest_pb2.StreamResponse:
+        outcome = self._outcome(frame)
+        if isinstance(outcome, status_pb2.Status):
+            return ingest_pb2.StreamResponse(frame_id=frame.frame_id, error=outcome)
+        return ingest_pb2.StreamResponse(frame_id=frame.frame_id, verdict=outcome)
+
+
+class Server:
+    def __init__(self, ingest: FakeIngest) -> None:
+        self.ingest = ingest
+        self.port = 0
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        ingest_pb2_grpc.add_IngestServiceServicer_to_server(self.ingest, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(None)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    server = Server(FakeIngest())
+    await server.start()
+    yield server
+    await server.stop()
+
+
+def _frames(count: int) -> Iterator[Frame]:
+    return (Frame(b"image", "m", frame_id=f"f-{number}") for number in range(count))
+
+
+async def test_every_frame_gets_one_result(server: Server) -> None:
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=4) as client:
+        results = [result async for result in client.stream(_frames(50))]
+    assert sorted(result.frame_id for result in results) == sorted(f"f-{number}" for number in range(50))
+    assert all(result.verdict and result.verdict.anomalous and result.accepted for result in results)
+    assert server.ingest.streams == 1
+
+
+async def test_full_queue_and_late_verdict_are_tried_again_after_the_servers_delay(server: Server) -> None:
+    full = _status(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", 0.3)
+    server.ingest.troubles = {"f-1": [full, _status(code_pb2.DEADLINE_EXCEEDED, "VERDICT_TIMEOUT")]}
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        results = {result.frame_id: result async for result in client.stream(_frames(3))}
+    assert [result.error for result in results.values()] == [None] * 3
+    assert results["f-1"].attempts == 3
+    assert results["f-1"].latency_s >= 0.3
+    assert server.ingest.seen.count("f-1") == 3
+
+
+async def test_an_error_that_will_not_pass_is_a_result_and_the_stream_goes_on(server: Server) -> None:
+    server.ingest.troubles = {"f-0": [_status(code_pb2.INVALID_ARGUMENT, "BAD_IMAGE")]}
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        results = {result.frame_id: result async for result in client.stream(_frames(3))}
+    error = results["f-0"].error
+    assert error is not None
+    assert (error.code, error.reason) == ("INVALID_ARGUMENT", "BAD_IMAGE")
+    assert results["f-2"].verdict is not None
+
+
+async def test_unanswered_frames_are_sent_again_under_the_same_ids_after_a_lost_connection(server: Server) -> None:
+    server.ingest.drop_after = [3, 5]
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=8) as client:
+        results = [result async for result in client.stream(_frames(30))]
+    ids = {f"f-{number}" for number in range(30)}
+    assert len(results) == 30
+    assert {result.frame_id for result in results} == ids
+    assert set(server.ingest.seen) == ids
+    assert server.ingest.streams == 3
+    assert len(server.ingest.seen) > 30
+
+
+async def test_a_server_that_comes_back_gets_the_frames(server: Server) -> None:
+    await server.stop()
+
+    async def later() -> None:
+        await asyncio.sleep(0.3)
+        await server.start()
+
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        restart = asyncio.create_task(later())
+        results = [result async for result in client.stream(_frames(5))]
+        await restart
+    assert [result.error for result in results] == [None] * 5
+
+
+async def test_a_server_that_stays_away_gives_errors(server: Server) -> None:
+    await server.stop()
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", max_retry_s=0.3) as client:
+        results = [result async for result in client.stream(_frames(3))]
+        single = await client.submit(next(_frames(1)))
+    assert [result.error.code for result in results if result.error] == ["UNAVAILABLE"] * 3
+    assert single.error is not None
+
+
+async def test_no_more_than_the_window_is_in_flight(server: Server) -> None:
+    server.ingest.hold = True
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=5) as client:
+        results = [result async for result in client.stream(_frames(12))]
+    assert server.ingest.most_unanswered == 5
+    assert len(results) == 12
+
+
+async def test_the_source_is_not_read_ahead_of_results_taken(server: Server) -> None:
+    read = 0
+
+    async def source() -> AsyncIterator[Frame]:
+        nonlocal read
+        for frame in _frames(100):
+            read += 1
+            yield frame
+
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=5) as client:
+        stream = client.stream(source())
+        await anext(stream)
+        await client.submit(Frame(b"image", "m"))
+        assert read <= 7
+        assert [result async for result in stream]
+    assert read == 100
+
+
+async def test_a_refused_stream_falls_back_to_single_calls(server: Server) -> None:
+    server.ingest.refuse_streams = True
+    server.ingest.troubles = {"f-1": [_status(code_pb2.INVALID_ARGUMENT, "IMAGE_TOO_LARGE")]}
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        results = {result.frame_id: result async for result in client.stream(_frames(3))}
+    assert [name for name, result in results.items() if result.error] == ["f-1"]
+
+
+async def test_what_the_source_raises_reaches_the_caller(server: Server) -> None:
+    def source() -> Iterator[Frame]:
+        yield Frame(b"image", "m")
+        raise OSError("camera unplugged")
+
+    with pytest.raises(OSError, match="camera unplugged"):
+        async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+            _ = [result async for result in client.stream(source())]
+
+
+async def test_submit_retries_and_can_stop_at_acceptance(server: Server) -> None:
+    server.ingest.troubles = {"f-0": [_status(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", 0.05)]}
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        result = await client.submit(next(_frames(1)), wait_for=WaitFor.ACCEPTED)
+    assert result.accepted
+    assert result.verdict is None
+    assert result.attempts == 2
