@@ -1,0 +1,304 @@
+"""The stores in a folder: SQLite for frames and for the index of models, a file per bundle.
+
+Several processes may open them: one writes (the storage service), others read. A commit is on the disk when it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import sqlite3
+import tempfile
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import aiosqlite
+
+from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
+from vigil_common.store import labels as gate
+from vigil_common.store.ids import uuid7_time_us
+from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Written
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from vigil_common.store.ports import Record
+
+BUSY_TIMEOUT_S = 10.0
+FIND_WINDOW_US = 120_000_000
+_FRAMES = """
+CREATE TABLE IF NOT EXISTS frames (
+    entry TEXT NOT NULL, timestamp_us INTEGER NOT NULL, frame_id TEXT NOT NULL, sha256 TEXT NOT NULL, score REAL,
+    labels TEXT NOT NULL, content_type TEXT NOT NULL, size_bytes INTEGER NOT NULL, body_id INTEGER NOT NULL,
+    PRIMARY KEY (entry, timestamp_us)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS frames_by_id ON frames (frame_id);
+CREATE TABLE IF NOT EXISTS bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
+"""
+_MODELS = """
+CREATE TABLE IF NOT EXISTS models (
+    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, size_bytes INTEGER NOT NULL,
+    formats TEXT NOT NULL, published_at_us INTEGER NOT NULL, manifest TEXT NOT NULL,
+    PRIMARY KEY (name, version)) WITHOUT ROWID;
+"""
+_COLUMNS = "entry, timestamp_us, labels, size_bytes, content_type"
+_MODEL_COLUMNS = "name, version, digest, size_bytes, formats, published_at_us, manifest"
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        raise Unavailable("STORE_UNAVAILABLE", f"the store's folder: {error}; try again", retry_after_s=1.0) from error
+
+
+async def _open(path: Path, schema: str) -> aiosqlite.Connection:
+    async with _translated():
+        await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+        connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
+        await connection.execute("PRAGMA journal_mode = WAL")
+        await connection.execute("PRAGMA synchronous = FULL")
+        await connection.executescript(schema)
+        return connection
+
+
+@asynccontextmanager
+async def _transaction(connection: aiosqlite.Connection) -> AsyncIterator[None]:
+    await connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        await connection.execute("ROLLBACK")
+        raise
+    await connection.execute("COMMIT")
+
+
+def _stored(row: Any) -> StoredRecord:
+    entry, timestamp_us, labels, size_bytes, content_type = row
+    return StoredRecord(entry, timestamp_us, json.loads(labels), size_bytes, content_type)
+
+
+def _score(labels: Mapping[str, str]) -> float | None:
+    try:
+        return float(labels["score"])
+    except (KeyError, ValueError):
+        return None
+
+
+class EmbeddedFrameStore:
+    """Images with labels in `frames.db`."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._db = connection
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, folder: Path) -> Self:
+        """Open the folder, made where it is missing."""
+        return cls(await _open(Path(folder) / "frames.db", _FRAMES))
+
+    async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
+        """Write a batch in one transaction; see the port."""
+        try:
+            async with self._lock, _translated(), _transaction(self._db):
+                return [await self._write_one(record) for record in records]
+        except Unavailable as error:
+            return [error] * len(records)
+
+    async def _write_one(self, record: Record) -> Written | Exception:
+        try:
+            gate.check(record)
+        except InvalidInput as error:
+            return error
+        frame_id, sha256 = record.labels["frame_id"], record.labels["sha256"]
+        at = record.timestamp_us
+        statement = "SELECT frame_id, sha256, size_bytes FROM frames WHERE entry = ? AND timestamp_us = ?"
+        while True:
+            async with self._db.execute(statement, (record.entry, at)) as cursor:
+                found = await cursor.fetchone()
+            if found is None:
+                break
+            if found[0] == frame_id:
+                if (found[1], found[2]) == (sha256, len(record.body)):
+                    return Written(at, existed=True)
+                return Conflict("FRAME_ID_REUSED", f"frame id {frame_id} stands for another image")
+            at += 1
+        async with self._db.execute("INSERT INTO bodies (body) VALUES (?)", (record.body,)) as cursor:
+            body_id = cursor.lastrowid
+        row = (record.entry, at, frame_id, sha256, _score(record.labels), json.dumps(dict(record.labels)))
+        await self._db.execute(
+            "INSERT INTO frames VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, record.content_type, len(record.body), body_id),
+        )
+        return Written(at)
+
+    async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
+        """Which of these stand there now."""
+        if not expected:
+            return set()
+        statement = "SELECT timestamp_us, sha256 FROM frames WHERE entry = ? AND timestamp_us BETWEEN ? AND ?"
+        async with _translated():
+            rows = await self._db.execute_fetchall(statement, (entry, min(expected), max(expected)))
+        return {at for at, sha256 in rows if expected.get(at) == sha256}
+
+    async def uptime_s(self) -> float:
+        """Nothing is lost with a restart: it has always been up."""
+        return math.inf
+
+    async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
+        """Matching records by time; see the port."""
+        entries: list[str] = []
+        arguments: list[object] = []
+        for entry in where.entries:
+            if entry.endswith("/*"):
+                # "0" follows "/": everything that begins with "MODEL/".
+                entries.append("(entry >= ? AND entry < ?)")
+                arguments += [entry[:-1], f"{entry[:-2]}0"]
+            else:
+                entries.append("entry = ?")
+                arguments.append(entry)
+        clauses = [f"({' OR '.join(entries) or 'FALSE'})"]
+        bounds = (
+            ("timestamp_us >= ?", where.start_us),
+            ("timestamp_us < ?", where.stop_us),
+            ("score >= ?", where.min_score),
+            ("score <= ?", where.max_score),
+        )
+        for clause, bound in bounds:
+            if bound is not None:
+                clauses.append(clause)
+                arguments.append(bound)
+        for name, value in where.equals.items():
+            gate.check_labels({name: value})
+            clauses.append("frame_id = ?" if name == "frame_id" else f"json_extract(labels, '$.{name}') = ?")
+            arguments.append(value)
+        # Every name in it has passed the gate; values are bound.
+        statement = f"SELECT {_COLUMNS} FROM frames WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, entry LIMIT ?"  # noqa: S608
+        async with _translated():
+            rows = await self._db.execute_fetchall(statement, (*arguments, max(0, limit)))
+        for row in rows:
+            yield _stored(row)
+
+    async def read(self, entry: str, timestamp_us: int) -> tuple[StoredRecord, bytes]:
+        """One record with its body, checked against its digest."""
+        statement = (
+            f"SELECT {_COLUMNS}, body FROM frames JOIN bodies ON id = body_id WHERE entry = ? AND timestamp_us = ?"  # noqa: S608
+        )
+        async with _translated():
+            rows = list(await self._db.execute_fetchall(statement, (entry, timestamp_us)))
+        if not rows:
+            raise NotFound("UNKNOWN_RECORD", f"no record at {entry} {timestamp_us}")
+        *row, body = rows[0]
+        stored = _stored(row)
+        if hashlib.sha256(body).hexdigest() != stored.labels["sha256"]:
+            raise DataLost("DIGEST_MISMATCH", f"the image at {entry} {timestamp_us} is not what was written")
+        return stored, body
+
+    async def find(self, model: str, frame_id: str, camera: str | None = None) -> StoredRecord:
+        """The record of a frame id; the index makes the search near its time a matter of taste."""
+        everywhere = FrameFilter([f"{model}/{camera or '*'}"], equals={"frame_id": frame_id})
+        near = uuid7_time_us(frame_id)
+        windows = [everywhere]
+        if near is not None:
+            nearby = replace(everywhere, start_us=max(0, near - FIND_WINDOW_US), stop_us=near + FIND_WINDOW_US)
+            windows.insert(0, nearby)
+        for window in windows:
+            async for record in self.query(window, limit=1):
+                return record
+        raise NotFound("UNKNOWN_FRAME", f"no frame {frame_id} of model {model} is stored")
+
+    async def close(self) -> None:
+        """Close the database."""
+        await self._db.close()
+
+
+class EmbeddedModelStore:
+    """Model versions: index in `models.db`, bundles as `models/DIGEST.tar`."""
+
+    def __init__(self, connection: aiosqlite.Connection, folder: Path) -> None:
+        self._db = connection
+        self._folder = folder
+
+    @classmethod
+    async def open(cls, folder: Path) -> Self:
+        """Open the folder, made where it is missing."""
+        bundles = Path(folder) / "models"
+        connection = await _open(Path(folder) / "models.db", _MODELS)
+        await asyncio.to_thread(bundles.mkdir, exist_ok=True)
+        return cls(connection, bundles)
+
+    def _path(self, digest: str) -> Path:
+        return self._folder / f"{digest.removeprefix('sha256:')}.tar"
+
+    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
+        """Keep a version; see the port."""
+        if hashlib.sha256(bundle).hexdigest() != info.digest.removeprefix("sha256:"):
+            raise InvalidInput("DIGEST_MISMATCH", "the bundle does not hash to its digest")
+        async with _translated():
+            await asyncio.to_thread(_write_file, self._path(info.digest), bundle)
+            row = (info.name, info.version, info.digest, info.size_bytes)
+            try:
+                await self._db.execute(
+                    "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (*row, json.dumps(info.formats), info.published_at_us, info.manifest),
+                )
+            except sqlite3.IntegrityError as error:
+                raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}") from error
+
+    async def list(self, name: str | None = None) -> list[ModelInfo]:
+        """Versions by name and number."""
+        statement = f"SELECT {_MODEL_COLUMNS} FROM models WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version"  # noqa: S608
+        async with _translated():
+            rows = await self._db.execute_fetchall(statement, (name,))
+        return [ModelInfo(row[0], row[1], row[2], row[3], tuple(json.loads(row[4])), row[5], row[6]) for row in rows]
+
+    async def get(self, name: str, version: int | None = None) -> ModelInfo:
+        """One version, the newest where none is given."""
+        versions = await self.list(name)
+        if not versions:
+            raise NotFound("UNKNOWN_MODEL", f"no model {name} has been published")
+        if version is None:
+            return versions[-1]
+        for info in versions:
+            if info.version == version:
+                return info
+        raise NotFound("UNKNOWN_VERSION", f"model {name} has no version {version}")
+
+    async def download(self, name: str, version: int) -> bytes:
+        """The bundle, checked against its digest."""
+        info = await self.get(name, version)
+        try:
+            bundle = await asyncio.to_thread(self._path(info.digest).read_bytes)
+        except FileNotFoundError as error:
+            raise DataLost("BUNDLE_BROKEN", f"the bundle of {name} version {version} is gone") from error
+        if f"sha256:{hashlib.sha256(bundle).hexdigest()}" != info.digest:
+            raise DataLost("DIGEST_MISMATCH", f"the bundle of {name} version {version} is not what was published")
+        return bundle
+
+    async def close(self) -> None:
+        """Close the database."""
+        await self._db.close()
+
+
+def _write_file(path: Path, body: bytes) -> None:
+    """Whole or not at all, and on the disk when it returns."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

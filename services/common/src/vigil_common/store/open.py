@@ -1,0 +1,37 @@
+"""Which store a URL stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from vigil_common.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from vigil_common.store.ports import FrameStore, ModelStore
+
+
+async def open_stores(url: str, token: str | None) -> tuple[FrameStore, ModelStore]:
+    """Open both stores.
+
+    Args:
+        url: `http(s)://HOST:PORT` of a ReductStore, or `file:///FOLDER` for the embedded one.
+        token: ReductStore's API token.
+
+    Raises:
+        InvalidInput: For any other URL.
+        Unavailable: Where ReductStore does not answer.
+    """
+    # Imported where they are needed: each store's library is an extra of its own.
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https"):
+        from vigil_common.store.reduct import ReductFrameStore, ReductModelStore  # noqa: PLC0415
+
+        return await ReductFrameStore.open(url, token), await ReductModelStore.open(url, token)
+    if parts.scheme == "file":
+        from vigil_common.store.embedded import EmbeddedFrameStore, EmbeddedModelStore  # noqa: PLC0415
+
+        folder = Path(unquote(parts.path))
+        return await EmbeddedFrameStore.open(folder), await EmbeddedModelStore.open(folder)
+    raise InvalidInput("STORE_URL_INVALID", f"{url!r} is no store: http(s)://HOST:PORT or file:///FOLDER")
