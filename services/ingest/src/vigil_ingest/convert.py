@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from google.rpc import error_details_pb2, status_pb2
 from vigil.ingest.v1 import ingest_pb2
 from vigil_common.grpc.errors import to_status
 
@@ -47,12 +46,3 @@ def answered(outcome: types_pb2.Outcome) -> ingest_pb2.StreamResponse:
     if outcome.HasField("failure"):
         return ingest_pb2.StreamResponse(frame_id=outcome.frame_id, error=outcome.failure)
     return ingest_pb2.StreamResponse(frame_id=outcome.frame_id, verdict=outcome.verdict)
-
-
-def reason_of(status: status_pb2.Status) -> str:
-    """The reason in a status' ErrorInfo; empty where it has none."""
-    info = error_details_pb2.ErrorInfo()
-    for detail in status.details:
-        if detail.Unpack(info):
-            return info.reason
-    return ""

@@ -181,7 +181,8 @@ class MemoryFrameSource:
 
     async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
         """Frames that another consumer left."""
-        now, claimed = self._streams.now(), []
+        now = self._streams.now()
+        claimed: list[QueuedFrame] = []
         for entry, pending in sorted(self._state.pending.items()):
             if (now - pending.since) * 1000 >= min_idle_ms and len(claimed) < count:
                 deliveries = pending.deliveries + 1

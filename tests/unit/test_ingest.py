@@ -1,0 +1,236 @@
+"""Ingest's answers, over a real gRPC connection, with the queue in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil.types.v1 import types_pb2
+from vigil_common.errors import InvalidInput
+from vigil_common.grpc.server import create_server
+from vigil_common.streams.memory import MemoryStreams
+from vigil_common.streams.ports import Emission
+from vigil_ingest.app import Ingest, Limits
+from vigil_ingest.domain import Submission, check
+from vigil_ingest.servicer import IngestServicer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+MODEL = "cells"
+NOW_US = 1_790_000_000_000_000
+LIMITS = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=0.3)
+
+
+def picture(size: tuple[int, int] = (10, 10), **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", size).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def a_submission(**changes: Any) -> Submission:
+    fields = {
+        "frame_id": "frame-1",
+        "model": MODEL,
+        "model_version": None,
+        "camera": "c1",
+        "captured_at_us": None,
+        "labels": {},
+        "image": b"",
+    }
+    return Submission(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"frame_id": ""}, "FRAME_ID_INVALID"),
+        ({"frame_id": "a" * 65}, "FRAME_ID_INVALID"),
+        ({"frame_id": "0123"}, "FRAME_ID_INVALID"),
+        ({"frame_id": "1e5"}, "FRAME_ID_INVALID"),
+        ({"frame_id": "a b"}, "FRAME_ID_INVALID"),
+        ({"model": "../x"}, "MODEL_NAME_INVALID"),
+        ({"camera": "line/1"}, "CAMERA_INVALID"),
+        ({"labels": {"Shift": "x"}}, "LABEL_INVALID"),
+        ({"labels": {"score": "1"}}, "LABEL_INVALID"),
+        ({"labels": {"shift": ""}}, "LABEL_INVALID"),
+        ({"labels": {"shift": "früh"}}, "LABEL_INVALID"),
+        ({"labels": {"shift": "a,b"}}, "LABEL_INVALID"),
+        ({"labels": {"shift": "a\nb"}}, "LABEL_INVALID"),
+        ({"labels": {"shift": "x" * 1025}}, "LABEL_INVALID"),
+        ({"labels": {f"l{index}": "x" for index in range(33)}}, "LABEL_INVALID"),
+        ({"captured_at_us": 0}, "CAPTURED_AT_OUT_OF_RANGE"),
+        ({"captured_at_us": NOW_US + 301_000_000}, "CAPTURED_AT_OUT_OF_RANGE"),
+    ],
+)
+def test_a_bad_field_is_refused_with_its_reason(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        check(a_submission(**change), now_us=NOW_US)
+    assert caught.value.reason == reason
+
+
+def test_a_frame_without_a_time_takes_it_from_its_uuid7_so_that_a_repeat_has_the_same() -> None:
+    at_ms = NOW_US // 1000 - 5000
+    frame_id = str(uuid.UUID(int=(at_ms << 80) | (7 << 76) | (2 << 62) | 5))
+    assert check(a_submission(frame_id=frame_id), now_us=NOW_US) == at_ms * 1000
+    assert check(a_submission(), now_us=NOW_US) == NOW_US
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_an_accepted_label_value_survives_a_header(value: str) -> None:
+    try:
+        check(a_submission(labels={"note": value}), now_us=NOW_US)
+    except InvalidInput:
+        return
+    assert value.isascii()
+    assert value.isprintable()
+    assert value == value.strip()
+    assert not set(value) & {",", '"'}
+
+
+class Served:
+    """Ingest on a port, with a worker that answers as the test says."""
+
+    def __init__(self, stub: ingest_pb2_grpc.IngestServiceAsyncStub, streams: MemoryStreams) -> None:
+        self.stub = stub
+        self.streams = streams
+
+    async def judge(self, count: int = 1) -> None:
+        source = self.streams.source(MODEL, "worker")
+        for _ in range(count):
+            (frame,) = await source.read(count=1, block_ms=2000)
+            header = types_pb2.FrameHeader.FromString(frame.header)
+            outcome = types_pb2.Outcome(frame_id=header.frame_id, verdict=types_pb2.Verdict(frame_id=header.frame_id))
+            data = outcome.SerializeToString()
+            await source.emit([Emission(frame.entry_id, header.frame_id, data, data)])
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    streams = MemoryStreams(budget_bytes=20_000)
+    await streams.routing.promote(MODEL, version=3, digest="sha256:3", threshold=None)
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
+    handle = create_server("127.0.0.1:0", services=["vigil.ingest.v1.IngestService"])
+    servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
+    ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
+    await handle.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{handle.port}") as channel:
+        yield Served(ingest_pb2_grpc.IngestServiceStub(channel), streams)
+    await handle.drain(0)
+    await app.close()
+
+
+def request(frame_id: str, image: bytes | None = None, **fields: Any) -> ingest_pb2.StreamRequest:
+    content = picture() if image is None else image
+    frame = ingest_pb2.Frame(**{"frame_id": frame_id, "model": MODEL, "image": content} | fields)
+    return ingest_pb2.StreamRequest(frame=frame, wait_for=ingest_pb2.WAIT_FOR_ACCEPTED)
+
+
+def reason_of(status: Any) -> str:
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert info.domain == "vigil.dev"
+    return str(info.reason)
+
+
+BAD: list[tuple[Callable[[], ingest_pb2.StreamRequest], grpc.StatusCode, str]] = [
+    (lambda: request("f", b""), grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_EMPTY"),
+    (lambda: request("f", b"no image at all"), grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_UNREADABLE"),
+    (lambda: request("f", picture((101, 100))), grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_LARGE"),
+    (lambda: request("f", picture() + b"x" * 100_000), grpc.StatusCode.INVALID_ARGUMENT, "IMAGE_TOO_LARGE"),
+    (lambda: request("f", model="nobody"), grpc.StatusCode.NOT_FOUND, "UNKNOWN_MODEL"),
+    (lambda: request("f", model_version=2), grpc.StatusCode.FAILED_PRECONDITION, "VERSION_NOT_LIVE"),
+    (lambda: request("0123"), grpc.StatusCode.INVALID_ARGUMENT, "FRAME_ID_INVALID"),
+]
+
+
+async def test_bad_frames_are_answered_each_and_the_stream_goes_on(served: Served) -> None:
+    requests = [make() for make, _, _ in BAD]
+    call = served.stub.Stream(iter([*requests, request("good")]))
+    responses = {response.frame_id + "!" * index: response async for index, response in aenumerate(call)}
+    found = [(r.error.code, reason_of(r.error)) for r in responses.values() if r.HasField("error")]
+    assert sorted(found) == sorted((code.value[0], reason) for _, code, reason in BAD)
+    assert [r.frame_id for r in responses.values() if r.HasField("accepted")] == ["good"]
+
+
+async def aenumerate(source: Any) -> AsyncIterator[tuple[int, Any]]:
+    index = 0
+    async for item in source:
+        yield index, item
+        index += 1
+
+
+async def test_a_verdict_comes_back_and_a_repeat_gets_it_at_once(served: Served) -> None:
+    wanted = ingest_pb2.SubmitRequest(frame=request("f1").frame)
+    worker = asyncio.create_task(served.judge())
+    response = await served.stub.Submit(wanted)
+    await worker
+    assert response.verdict.frame_id == "f1"
+    assert (await served.stub.Submit(wanted)).verdict.frame_id == "f1"
+
+
+async def test_no_verdict_in_time_says_so_and_the_frame_stays(served: Served) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.stub.Submit(ingest_pb2.SubmitRequest(frame=request("f1").frame))
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert (await served.streams.queue.depth(MODEL)).frames == 1
+
+
+async def test_a_frame_id_for_another_image_is_refused(served: Served) -> None:
+    call = served.stub.Stream(iter([request("f1"), request("f1", picture((11, 11)))]))
+    states = {response.WhichOneof("outcome"): response async for response in call}
+    assert set(states) == {"accepted", "error"}
+    assert reason_of(states["error"].error) == "FRAME_ID_REUSED"
+
+
+async def test_a_full_queue_refuses_with_a_delay_and_loses_nothing_accepted(served: Served) -> None:
+    call = served.stub.Stream(iter([request(f"f{index}", picture() + b"x" * 3000) for index in range(20)]))
+    outcomes = [response async for response in call]
+    refused = [r.error for r in outcomes if r.HasField("error")]
+    accepted = [r for r in outcomes if r.HasField("accepted")]
+    assert len(refused) + len(accepted) == 20
+    assert {reason_of(status) for status in refused} == {"QUEUE_FULL"}
+    assert all(
+        any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details) for status in refused
+    )
+    depth = await served.streams.queue.depth(MODEL)
+    assert depth.frames == len(accepted)
+    assert depth.image_bytes <= 20_000
+
+
+async def test_a_slow_reader_stops_the_reading_at_its_window(served: Served) -> None:
+    sent = 0
+
+    async def offer() -> AsyncIterator[ingest_pb2.StreamRequest]:
+        nonlocal sent
+        for index in range(50):
+            sent += 1
+            wait = ingest_pb2.WAIT_FOR_VERDICT
+            yield ingest_pb2.StreamRequest(frame=request(f"f{index}").frame, wait_for=wait)
+
+    call = served.stub.Stream(offer())
+    deadline = time.monotonic() + 2
+    while (await served.streams.queue.depth(MODEL)).frames < 4 and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    assert (await served.streams.queue.depth(MODEL)).frames == 4
+    call.cancel()
+
+
+async def test_submit_puts_the_reason_into_the_status(served: Served) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await served.stub.Submit(ingest_pb2.SubmitRequest(frame=request("f", b"junk").frame))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    status = rpc_status.from_call(caught.value)
+    assert status is not None
+    assert reason_of(status) == "IMAGE_UNREADABLE"
