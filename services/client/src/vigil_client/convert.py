@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
@@ -84,7 +84,7 @@ def failure(status: status_pb2.Status) -> Failure:
 
 def rpc_failure(error: grpc.aio.AioRpcError) -> Failure:
     """A call's error, with its details where it carries them."""
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(cast("grpc.Call", error))  # it reads what both have
     if status is not None:
         return failure(status)
     return Failure(error.code().name, "", error.details() or "no details")

@@ -1,0 +1,95 @@
+"""`vigil frames`: what is stored."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from vigil_client import StorageClient, StoredFrame
+
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
+
+app = typer.Typer(help="Stored frames.", no_args_is_help=True)
+
+
+@app.command()
+def query(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    *,
+    camera: Annotated[str | None, typer.Option(help="Only this camera.")] = None,
+    start: Annotated[datetime | None, typer.Option(help="From this time on, local time.")] = None,
+    stop: Annotated[datetime | None, typer.Option(help="Before this time, local time.")] = None,
+    anomalous: Annotated[bool | None, typer.Option("--anomalous/--normal", help="Only with this label.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only those that could not be judged.")] = False,
+    min_score: Annotated[float | None, typer.Option(help="Least score.")] = None,
+    max_score: Annotated[float | None, typer.Option(help="Greatest score.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    storage_address: StorageAddress = DEFAULT_STORAGE,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List stored frames, oldest first."""
+
+    async def work() -> list[StoredFrame]:
+        async with StorageClient(storage_address, token=token) as storage:
+            found = storage.frames_query(
+                model,
+                camera=camera,
+                start=start.astimezone() if start else None,
+                stop=stop.astimezone() if stop else None,
+                anomalous=anomalous,
+                failed=failed,
+                min_score=min_score,
+                max_score=max_score,
+                limit=limit,
+            )
+            return [frame async for frame in found]
+
+    frames = run(work())
+    if as_json:
+        for frame in frames:
+            typer.echo(json.dumps(_plain(frame)))
+        return
+    table = Table("frame", "camera", "captured", "score", "label", "version")
+    for frame in frames:
+        found = frame.verdict
+        said = ("-", frame.failure_reason, "-")
+        if found is not None:
+            said = (f"{found.score:.3f}", "anomalous" if found.anomalous else "normal", str(found.version))
+        table.add_row(frame.frame_id, frame.camera, frame.captured_at.isoformat(timespec="milliseconds"), *said)
+    console.print(table)
+
+
+@app.command()
+def get(
+    model: Annotated[str, typer.Argument(help="The model's name.")],
+    frame_id: Annotated[str, typer.Argument(help="The frame's id.")],
+    *,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to save the image.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Its camera; spares a search.")] = None,
+    storage_address: StorageAddress = DEFAULT_STORAGE,
+    token: Token = None,
+) -> None:
+    """Show one stored frame as JSON, and save its image."""
+
+    async def work() -> tuple[StoredFrame, bytes]:
+        async with StorageClient(storage_address, token=token) as storage:
+            return await storage.frames_get(model, frame_id, camera=camera)
+
+    frame, image = run(work())
+    if output is not None:
+        output.write_bytes(image)
+    typer.echo(json.dumps(_plain(frame), indent=2))
+
+
+def _plain(frame: StoredFrame) -> dict[str, object]:
+    plain: dict[str, object] = {"frame_id": frame.frame_id, "model": frame.model, "camera": frame.camera}
+    plain |= {"captured_at": frame.captured_at.isoformat(), "stored_at": frame.stored_at.isoformat()}
+    plain |= {"content_type": frame.content_type, "width": frame.width, "height": frame.height}
+    if frame.verdict is not None:
+        plain |= {"score": frame.verdict.score, "anomalous": frame.verdict.anomalous, "version": frame.verdict.version}
+    else:
+        plain["failure_reason"] = frame.failure_reason
+    return {**plain, "labels": dict(frame.labels)}

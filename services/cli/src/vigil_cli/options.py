@@ -1,0 +1,36 @@
+"""Options that several commands share, and how their errors look."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from vigil_client import ServiceError
+from vigil_common.errors import VigilError
+
+from vigil_cli.sources import SourceError
+
+T = TypeVar("T")
+
+console = Console()
+errors = Console(stderr=True)
+
+Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
+StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]
+RedisUrl = Annotated[str, typer.Option(envvar="VIGIL_REDIS_URL", help="redis://, rediss:// or redis+cluster://.")]
+Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer token.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+DEFAULT_INGEST = "localhost:50051"
+DEFAULT_STORAGE = "localhost:50052"
+DEFAULT_REDIS = "redis://localhost:6379/0"
+
+
+def run(work: Coroutine[object, object, T]) -> T:
+    """Run a command's coroutine; an expected error becomes one line and exit code 1."""
+    try:
+        return asyncio.run(work)
+    except (ServiceError, VigilError, SourceError, OSError) as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
