@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MAX_LABELS = 80
 MAX_VALUE_BYTES = 1024
+# All labels of a record come back in one header line, and common HTTP clients read 8,190 bytes of one.
+MAX_BYTES = 7_000
 MAX_TIMESTAMP_US = 2**62
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 ENTRY = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64})?")
@@ -58,6 +60,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
     """Raise `InvalidInput` for labels that can't be kept."""
     if len(labels) > MAX_LABELS:
         raise InvalidInput("TOO_MANY_LABELS", f"{len(labels)} labels; at most {MAX_LABELS} are kept")
+    total = 0
     for name, value in labels.items():
         if not NAME.fullmatch(name):
             raise InvalidInput("LABEL_NAME_INVALID", f"{name!r} is no label name: {NAME.pattern}")
@@ -67,3 +70,6 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise InvalidInput("LABEL_VALUE_INVALID", f"the value of label {name} is no text") from error
         if size > MAX_VALUE_BYTES:
             raise InvalidInput("LABEL_VALUE_TOO_LONG", f"label {name} has {size} bytes; at most {MAX_VALUE_BYTES}")
+        total += len(name) + size + 6
+    if total > MAX_BYTES:
+        raise InvalidInput("LABELS_TOO_LONG", f"the labels have {total} bytes; at most {MAX_BYTES} are kept")

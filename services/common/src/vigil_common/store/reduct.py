@@ -169,8 +169,8 @@ class ReductFrameStore:
         self, records: Sequence[Record], places: Mapping[int, int], results: dict[int, Written | Exception]
     ) -> dict[int, int]:
         """Write each to its place once; returns those to try again, with their new places."""
-        again: dict[int, int] = {}
-        for chunk in _chunks(records, _apart(records, places)):
+        now, again = _apart(records, places)
+        for chunk in _chunks(records, now):
             batch = RecordBatch()
             for index, at in chunk:
                 record = records[index]
@@ -334,17 +334,20 @@ def _places(
     return places, twins
 
 
-def _apart(records: Sequence[Record], places: Mapping[int, int]) -> dict[int, int]:
-    """No two of one entry at one time: the client would keep only the last of them, silently."""
+def _apart(records: Sequence[Record], places: Mapping[int, int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Those to write now, and those that wait because another one of this round wants the same place.
+
+    The client would keep only the last of them, silently. They wait rather than move on, so that a frame that has
+    stood at its place since an earlier try is found there.
+    """
+    now: dict[int, int] = {}
+    later: dict[int, int] = {}
     taken: set[tuple[str, int]] = set()
-    apart: dict[int, int] = {}
-    for index, wanted in places.items():
-        at = wanted
-        while (records[index].entry, at) in taken:
-            at += 1
-        taken.add((records[index].entry, at))
-        apart[index] = at
-    return apart
+    for index, at in places.items():
+        place = (records[index].entry, at)
+        (later if place in taken else now)[index] = at
+        taken.add(place)
+    return now, later
 
 
 def _chunks(records: Sequence[Record], places: Mapping[int, int]) -> Iterator[list[tuple[int, int]]]:

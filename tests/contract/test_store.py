@@ -1,0 +1,369 @@
+"""What both stores promise, and ReductStore's traps, one test for each."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
+from vigil_common.store import labels as gate
+from vigil_common.store.embedded import EmbeddedFrameStore, EmbeddedModelStore
+from vigil_common.store.open import open_stores
+from vigil_common.store.ports import FrameFilter, FrameStore, ModelInfo, ModelStore, Record, Written
+from vigil_common.store.reduct import ReductFrameStore, ReductModelStore, condition
+
+from tests.support.reduct import ReductServer, find_binary, reduct_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+T0 = 1_750_000_000_000_000
+needs_reduct = pytest.mark.skipif(find_binary() is None, reason="no reductstore binary")
+
+
+@dataclass
+class Stores:
+    frames: FrameStore
+    models: ModelStore
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReductServer]:
+    with reduct_server(tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[ReductServer]:
+    with reduct_server(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(params=["embedded", pytest.param("reduct", marks=needs_reduct)])
+async def stores(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stores]:
+    if request.param == "embedded":
+        opened = Stores(await EmbeddedFrameStore.open(tmp_path), await EmbeddedModelStore.open(tmp_path))
+    else:
+        url = request.getfixturevalue("server").url
+        suffix = uuid.uuid4().hex[:8]
+        opened = Stores(
+            await ReductFrameStore.open(url, bucket=f"frames-{suffix}"),
+            await ReductModelStore.open(url, bucket=f"models-{suffix}", settle_s=0),
+        )
+    yield opened
+    await opened.frames.close()
+    await opened.models.close()
+
+
+@pytest.fixture
+async def reduct(server: ReductServer) -> AsyncIterator[ReductFrameStore]:
+    store = await ReductFrameStore.open(server.url, bucket=f"frames-{uuid.uuid4().hex[:8]}")
+    yield store
+    await store.close()
+
+
+def record(
+    frame_id: str,
+    at: int = T0,
+    body: bytes | None = None,
+    entry: str = "cells/cam1",
+    labels: dict[str, str] | None = None,
+    **more: str,
+) -> Record:
+    image = frame_id.encode() if body is None else body
+    digest = hashlib.sha256(image).hexdigest()
+    return Record(entry, at, {"frame_id": frame_id, "sha256": digest, **(labels or {}), **more}, image, "image/png")
+
+
+async def found(store: FrameStore, limit: int = 1000, **where: object) -> list[str]:
+    wanted = FrameFilter(labels={"entries": ["cells/*"], **where})  # type: ignore[arg-type]
+    return [stored.labels["frame_id"] async for stored in store.query(wanted, limit=limit)]
+
+
+async def test_what_is_written_comes_back_exactly(stores: Stores) -> None:
+    labels = {
+        "comma": "a,b",
+        "quote": 'say "x"',
+        "percent": "100%",
+        "blank": " edge ",
+        "empty": "",
+        "word": "Größe 漢字",
+        "line": "a\nb",
+        "dollar": "$and",
+        "number": "007",
+    }
+    one = record("f1", body=b"\x00\xff" * 40_000, labels=labels)
+    assert await stores.frames.write([one]) == [Written(T0)]
+    stored, body = await stores.frames.read("cells/cam1", T0)
+    assert (stored.labels, body) == (one.labels, one.body)
+    assert (stored.entry, stored.timestamp_us, stored.content_type) == ("cells/cam1", T0, "image/png")
+    queried = [hit async for hit in stores.frames.query(FrameFilter(["cells/cam1"]), limit=5)]
+    assert queried == [stored]
+    for name, value in labels.items():
+        assert await found(stores.frames, equals={name: value}) == ["f1"], name
+
+
+async def test_another_image_at_the_same_microsecond_keeps_both(stores: Stores) -> None:
+    assert await stores.frames.write([record("f1")]) == [Written(T0)]
+    assert await stores.frames.write([record("f2"), record("f3")]) == [Written(T0 + 1), Written(T0 + 2)]
+    assert await found(stores.frames) == ["f1", "f2", "f3"]
+
+
+async def test_the_same_microsecond_twice_in_one_batch_keeps_both(stores: Stores) -> None:
+    batch = [record("f1"), record("f2"), record("f2"), record("f1", body=b"other")]
+    first, second, third, fourth = await stores.frames.write(batch)
+    assert (first, second) == (Written(T0), Written(T0 + 1))
+    assert third == Written(T0 + 1, existed=True)
+    assert isinstance(fourth, Conflict)
+    assert fourth.reason == "FRAME_ID_REUSED"
+    assert await found(stores.frames) == ["f1", "f2"]
+
+
+async def test_a_batch_repeated_writes_nothing_twice(stores: Stores) -> None:
+    batch = [record("f1"), record("f2"), record("f3", T0 + 1)]
+    first = await stores.frames.write(batch)
+    again = await stores.frames.write(batch)
+    times = [result.timestamp_us for result in first if isinstance(result, Written)]
+    assert again == [Written(at, existed=True) for at in times]
+    assert sorted(await found(stores.frames)) == ["f1", "f2", "f3"]
+
+
+async def test_a_frame_repeated_beside_a_new_one_at_its_time_is_not_written_twice(stores: Stores) -> None:
+    await stores.frames.write([record("f1")])
+    assert await stores.frames.write([record("f2"), record("f1")]) == [Written(T0 + 1), Written(T0, existed=True)]
+    assert await found(stores.frames) == ["f1", "f2"]
+
+
+async def test_a_frame_id_with_another_image_is_a_conflict(stores: Stores) -> None:
+    await stores.frames.write([record("f1")])
+    (result,) = await stores.frames.write([record("f1", body=b"another")])
+    assert isinstance(result, Conflict)
+    assert result.reason == "FRAME_ID_REUSED"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record("f", labels={"bad name": "x"}), "LABEL_NAME_INVALID"),
+        (record("f", labels={"Größe": "x"}), "LABEL_NAME_INVALID"),
+        (record("f", labels={"a:b": "x"}), "LABEL_NAME_INVALID"),
+        (record("f", long="x" * 1025), "LABEL_VALUE_TOO_LONG"),
+        (record("f", labels={f"l{i}": "x" for i in range(80)}), "TOO_MANY_LABELS"),
+        (record("f", labels={f"l{i}": "x" * 1000 for i in range(7)}), "LABELS_TOO_LONG"),
+        (record("f", at=0), "TIME_INVALID"),
+        (record("f", at=2**64 - 1), "TIME_INVALID"),
+        (record("f", entry="../x"), "ENTRY_INVALID"),
+        (Record("cells/cam1", T0, {"frame_id": "f", "sha256": "0"}, b"", "image/png,x"), "CONTENT_TYPE_INVALID"),
+    ],
+)
+async def test_what_would_harm_the_store_is_refused_alone(stores: Stores, bad: Record, reason: str) -> None:
+    before, refused, after = await stores.frames.write([record("f1"), bad, record("f2", T0 + 5)])
+    assert isinstance(refused, InvalidInput)
+    assert refused.reason == reason
+    assert (before, after) == (Written(T0), Written(T0 + 5))
+    assert await found(stores.frames) == ["f1", "f2"]
+
+
+async def test_a_batch_over_every_limit_is_split(stores: Stores) -> None:
+    bulky = {f"l{i}": "v" * 200 for i in range(30)}
+    batch = [record(f"f{i}", T0 + i, entry=f"cells/cam{i % 3}", labels=bulky) for i in range(150)]
+    assert await stores.frames.write(batch) == [Written(T0 + i) for i in range(150)]
+    assert await found(stores.frames) == [f"f{i}" for i in range(150)]
+
+
+async def test_queries_go_by_time_over_entries_and_stop_at_the_limit(stores: Stores) -> None:
+    batch = [record(f"f{i}", T0 + i, entry=f"cells/cam{i % 7}", score=repr(i / 100)) for i in range(60)]
+    await stores.frames.write([*batch[30:], *batch[:30], record("other", entry="cells-2/cam1")])
+    assert await found(stores.frames, limit=10) == [f"f{i}" for i in range(10)]
+    assert await found(stores.frames, start_us=T0 + 5, stop_us=T0 + 8) == ["f5", "f6", "f7"]
+    assert await found(stores.frames, min_score=0.1, max_score=0.12) == ["f10", "f11", "f12"]
+    assert await found(stores.frames, limit=2, min_score=0.5, equals={"frame_id": "f51"}) == ["f51"]
+    assert await found(stores.frames, entries=["cells/cam1"], limit=2) == ["f1", "f8"]
+    assert await found(stores.frames, entries=["nothing/*"]) == []
+    assert await found(stores.frames, entries=["nothing/x"]) == []
+
+
+async def test_labels_are_compared_as_text(stores: Stores) -> None:
+    values = ["7", "07", "7.0", "1e3", "1000.0", "true", "0123", "123", "nan", "abc", "-5", "+7"]
+    await stores.frames.write([record(f"f{i}", T0 + i, v=value) for i, value in enumerate(values)])
+    for i, value in enumerate(values):
+        assert await found(stores.frames, limit=1, equals={"v": value}) == [f"f{i}"], value
+
+
+async def test_confirm_tells_which_images_stand(stores: Stores) -> None:
+    one, two, far = record("f1"), record("f2", T0 + 1), record("f3", T0 + 3_600_000_000)
+    await stores.frames.write([one, two, far])
+    expected = {
+        T0: one.labels["sha256"],
+        T0 + 1: "0" * 64,
+        T0 + 2: one.labels["sha256"],
+        far.timestamp_us: far.labels["sha256"],
+    }
+    assert await stores.frames.confirm("cells/cam1", expected) == {T0, far.timestamp_us}
+    assert await stores.frames.confirm("cells/none", {T0: "x"}) == set()
+    assert await stores.frames.uptime_s() >= 0
+
+
+async def test_frames_are_found_by_id(stores: Stores) -> None:
+    near = f"{T0 // 1000:012x}"
+    own = f"{near[:8]}-{near[8:]}-7000-8000-000000000001"
+    late = f"{near[:8]}-{near[8:]}-7000-8000-000000000002"
+    await stores.frames.write([record(own), record(late, T0 + 10**12, entry="cells/cam2"), record("0123", T0 + 5)])
+    assert (await stores.frames.find("cells", own)).timestamp_us == T0
+    assert (await stores.frames.find("cells", late)).entry == "cells/cam2"
+    assert (await stores.frames.find("cells", "0123", "cam1")).timestamp_us == T0 + 5
+    for missing in ("123", uuid.uuid4().hex):
+        with pytest.raises(NotFound):
+            await stores.frames.find("cells", missing)
+    with pytest.raises(NotFound):
+        await stores.frames.find("cells", own, "cam2")
+    for at in (0, T0 + 77):
+        with pytest.raises(NotFound):
+            await stores.frames.read("cells/cam1", at)
+
+
+async def test_concurrent_writers_of_one_entry_lose_nothing(stores: Stores) -> None:
+    batches = [[record(f"w{w}-{i}", T0 + i) for i in range(32)] for w in range(6)]
+    results = await asyncio.gather(*(stores.frames.write(batch) for batch in batches))
+    assert all(isinstance(result, Written) for batch in results for result in batch)
+    assert sorted(await found(stores.frames)) == sorted(f"w{w}-{i}" for w in range(6) for i in range(32))
+
+
+def version(number: int, bundle: bytes, name: str = "cells") -> ModelInfo:
+    digest = f"sha256:{hashlib.sha256(bundle).hexdigest()}"
+    return ModelInfo(name, number, digest, len(bundle), ("onnx", "openvino"), T0, "name: cells\nüñí, 'x'\n")
+
+
+async def test_model_versions_are_kept_as_published(stores: Stores) -> None:
+    one, two, other = version(1, b"one" * 10**6), version(2, b"two"), version(1, b"o", "a-model")
+    for info, bundle in ((one, b"one" * 10**6), (two, b"two"), (other, b"o")):
+        await stores.models.publish(info, bundle)
+    assert await stores.models.list() == [other, one, two]
+    assert await stores.models.list("cells") == [one, two]
+    assert await stores.models.list("cell") == []
+    assert await stores.models.get("cells") == two
+    assert await stores.models.get("cells", 1) == one
+    assert await stores.models.download("cells", 1) == b"one" * 10**6
+    with pytest.raises(Conflict) as taken:
+        await stores.models.publish(version(2, b"three"), b"three")
+    assert taken.value.reason == "VERSION_EXISTS"
+    assert await stores.models.download("cells", 2) == b"two"
+    with pytest.raises(NotFound) as missing:
+        await stores.models.get("cells", 9)
+    assert missing.value.reason == "UNKNOWN_VERSION"
+    with pytest.raises(NotFound) as unknown:
+        await stores.models.get("none")
+    assert unknown.value.reason == "UNKNOWN_MODEL"
+    with pytest.raises(InvalidInput):
+        await stores.models.publish(version(3, b"x"), b"y")
+
+
+async def test_stores_open_by_url(tmp_path: Path) -> None:
+    frames, models = await open_stores(f"file://{tmp_path}/a%20b", None)
+    await frames.write([record("f1")])
+    reader = await EmbeddedFrameStore.open(tmp_path / "a b")
+    assert await found(reader) == ["f1"]
+    for store in (frames, models, reader):
+        await store.close()
+    with pytest.raises(InvalidInput):
+        await open_stores("redis://x", None)
+    with pytest.raises(Unavailable):
+        await open_stores("http://127.0.0.1:1", None)
+
+
+async def test_an_altered_image_is_not_given_out(tmp_path: Path) -> None:
+    store = await EmbeddedFrameStore.open(tmp_path)
+    await store.write([record("f1")])
+    await store._db.execute("UPDATE bodies SET body = x'00'")
+    with pytest.raises(DataLost):
+        await store.read("cells/cam1", T0)
+    await store.close()
+
+
+@needs_reduct
+async def test_no_condition_is_made_of_values_the_server_would_read_otherwise() -> None:
+    assert condition("v", "$and") is None
+    assert condition("v", "&x") is None
+    assert condition("v", "1.5") is None
+    assert condition("v", "7") == {"&v": {"$eq": 7}}
+
+
+@needs_reduct
+async def test_a_record_cut_while_written_is_repaired(server: ReductServer, reduct: ReductFrameStore) -> None:
+    one = record("f1", body=b"x" * 100_000)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    request = (
+        f"POST /api/v1/b/{reduct._bucket.name}/cells/cam1?ts={T0} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+    )
+    writer.write(request.encode() + b"\r\n" + b"y" * 50_000)
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    result = (await reduct.write([one]))[0]
+    assert result == Written(T0)
+    assert (await reduct.read("cells/cam1", T0))[1] == one.body
+
+
+@needs_reduct
+async def test_the_server_lives_on_after_refused_label_names(server: ReductServer, reduct: ReductFrameStore) -> None:
+    await reduct.write([record("f1", labels={"not a token": "x"}), record("f2")])
+    assert await found(reduct) == ["f2"]
+    await reduct.read("cells/cam1", T0)
+    assert server.alive()
+
+
+@needs_reduct
+async def test_after_a_kill_confirm_tells_the_truth_and_writing_again_mends(own_server: ReductServer) -> None:
+    store = await ReductFrameStore.open(own_server.url)
+    batches = [[record(f"f{n}-{i}", T0 + n * 32 + i, entry=f"cells/cam{n % 2}") for i in range(32)] for n in range(20)]
+    for batch in batches:
+        assert all(isinstance(result, Written) for result in await store.write(batch))
+    own_server.kill()
+    (away,) = await store.write([record("late", T0 + 10**6)])
+    assert isinstance(away, Unavailable)
+    with pytest.raises(Unavailable):
+        await store.confirm("cells/cam0", {T0: "x"})
+    own_server.start()
+    assert await store.uptime_s() < 5
+    everything = [one for batch in batches for one in batch]
+    missing = []
+    for entry in ("cells/cam0", "cells/cam1"):
+        mine = {one.timestamp_us: one for one in everything if one.entry == entry}
+        present = await store.confirm(entry, {at: one.labels["sha256"] for at, one in mine.items()})
+        for at in present:
+            assert (await store.read(entry, at))[1] == mine[at].body
+        missing += [one for at, one in mine.items() if at not in present]
+    assert all(isinstance(result, Written) for result in await store.write(missing))
+    assert len(await found(store)) == len(everything)
+    await store.close()
+
+
+@needs_reduct
+async def test_a_bundle_without_its_pointer_is_not_listed_and_can_be_published(server: ReductServer) -> None:
+    store = await ReductModelStore.open(server.url, bucket=f"models-{uuid.uuid4().hex[:8]}", settle_s=0)
+    info = version(1, b"bundle")
+    await store._bucket.write(f"cells/{info.digest[7:]}", b"half", timestamp=1)
+    assert await store.list() == []
+    with pytest.raises(NotFound):
+        await store.get("cells")
+    await store.publish(info, b"bundle")
+    assert await store.download("cells", 1) == b"bundle"
+    await store._bucket.remove_record(f"cells/{info.digest[7:]}", 1)
+    with pytest.raises(DataLost):
+        await store.download("cells", 1)
+    await store.close()
+
+
+@pytest.mark.parametrize("value", ["", " ", "%", "%25", "a,b", "ü", "plain text", "x" * 100, '"', "\x7f"])
+def test_encoded_labels_decode_to_what_they_were(value: str) -> None:
+    text = gate.encode(value)
+    assert gate.decode(text) == value
+    assert text.isascii()
+    assert text.isprintable()
+    assert not set(text) & set(',"')
+    assert text == text.strip() != ""
