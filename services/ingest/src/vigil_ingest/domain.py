@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
+from vigil_common.store.ids import uuid7_time_us
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,6 @@ RESERVED = frozenset(
 )  # fmt: skip
 YEAR_2000_US = 946_684_800_000_000
 MAX_AHEAD_US = 300_000_000
-UUID7 = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,9 @@ def check(frame: Submission, *, now_us: int) -> int:
     _check_labels(frame.labels)
     captured_at_us = frame.captured_at_us
     if captured_at_us is None:
-        return _uuid7_us(frame.frame_id, now_us) or now_us
+        made_at_us = uuid7_time_us(frame.frame_id)
+        plausible = made_at_us is not None and YEAR_2000_US <= made_at_us <= now_us + MAX_AHEAD_US
+        return made_at_us if made_at_us is not None and plausible else now_us
     if not YEAR_2000_US <= captured_at_us <= now_us + MAX_AHEAD_US:
         raise InvalidInput(
             "CAPTURED_AT_OUT_OF_RANGE",
@@ -90,12 +91,3 @@ def _check_labels(labels: Mapping[str, str]) -> None:
                 f"label {name} must be 1 to 1,024 printable ASCII characters without comma, double quote or spaces at "
                 "its ends",
             )
-
-
-def _uuid7_us(frame_id: str, now_us: int) -> int | None:
-    try:
-        parsed = uuid.UUID(frame_id)
-    except ValueError:
-        return None
-    at_us = (parsed.int >> 80) * 1000
-    return at_us if parsed.version == UUID7 and YEAR_2000_US <= at_us <= now_us + MAX_AHEAD_US else None
