@@ -1,0 +1,147 @@
+"""The parts of the local platform that need no service."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from vigil_cli.demo import auroc, split_cells
+from vigil_cli.local import find_store
+from vigil_cli.local.process import Process
+from vigil_cli.sources import SourceError, open_source
+
+DEADLINE_S = 20.0
+SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+# A parent that starts a child, says its id, and is killed.
+PARENT = """
+import os, sys
+from pathlib import Path
+from vigil_cli.local.process import Process
+child = Process("child", [sys.executable, "-c", "import time; time.sleep(600)"], Path(sys.argv[1]), os.environ)
+child.start()
+print(child.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+async def test_a_stopped_process_can_be_started_again_and_its_output_is_kept(tmp_path: Path) -> None:
+    process = Process("sleeper", SLEEPER, tmp_path / "log", os.environ)
+    async with asyncio.timeout(DEADLINE_S):
+        for _ in range(2):
+            process.start()
+            first = process.pid
+            assert first is not None
+            await process.stop()
+            assert process.pid is None
+            assert not _alive(first)
+        process.start()
+        while process.tail().count("up") == 0:
+            await asyncio.sleep(0.02)
+        process.kill()
+    assert process.pid is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+async def test_children_end_with_a_killed_parent(tmp_path: Path) -> None:
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PARENT, str(tmp_path / "log"), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await parent.communicate()
+    async with asyncio.timeout(DEADLINE_S):
+        while _alive(int(output)):
+            await asyncio.sleep(0.02)
+
+
+def test_without_reductstore_or_network_the_embedded_store_is_used_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("offline")
+
+    monkeypatch.delenv("VIGIL_REDUCT_URL", raising=False)
+    monkeypatch.delenv("VIGIL_REDUCT_BINARY", raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    store = find_store(tmp_path / "store")
+    assert store.url == f"file://{tmp_path / 'store'}"
+    assert store.binary is None
+    assert "make reductstore" in store.description
+
+
+@pytest.mark.parametrize(("digest_of", "accepted"), [(b"", True), (b"tampered", False)])
+def test_the_official_release_is_used_only_where_it_is_what_its_digest_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest_of: bytes, *, accepted: bool
+) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("release/reductstore")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"\x7fELF"))
+    archive = packed.getvalue()
+    digest = f"sha256:{hashlib.sha256(digest_of or archive).hexdigest()}"
+    asset = {"name": "reductstore.x86_64-unknown-linux-gnu.tar.gz", "digest": digest}
+
+    def served(url: str, **_: object) -> io.BytesIO:
+        return io.BytesIO(json.dumps({"assets": [asset]}).encode() if "api.github" in url else archive)
+
+    for name in ("VIGIL_REDUCT_URL", "VIGIL_REDUCT_BINARY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(urllib.request, "urlopen", served)
+    store = find_store(tmp_path / "store")
+    assert (store.binary is not None) == accepted
+    if store.binary is not None:
+        assert store.binary.read_bytes() == b"\x7fELF"
+        assert os.access(store.binary, os.X_OK)
+    else:
+        assert "not what its digest says" in store.description
+
+
+def test_a_running_store_named_by_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIGIL_REDUCT_URL", "http://store:8383")
+    assert find_store(tmp_path).url == "http://store:8383"
+
+
+def test_the_split_is_the_same_each_time_and_tests_on_no_training_cell() -> None:
+    split = split_cells()
+    assert split == split_cells()
+    assert (len(split.train), len(split.test), sum(defective for _, defective in split.test)) == (350, 300, 150)
+    assert not set(split.train) & {path for path, _ in split.test}
+
+
+def test_auroc_counts_ties_half() -> None:
+    assert auroc([0.1, 0.5], [0.5, 0.9]) == 0.875
+    assert auroc([0.9], [0.1]) == 0.0
+
+
+def test_folders_globs_and_videos_are_told_apart(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG", "notes.txt", "clip.mp4"):
+        (tmp_path / name).touch()
+    assert [path.name for path in open_source([str(tmp_path)]).images] == ["a.JPG", "b.png"]
+    assert [path.name for path in open_source([str(tmp_path / "*.png")]).images] == ["b.png"]
+    source = open_source([str(tmp_path / "clip.mp4"), "rtsp://camera/1", str(tmp_path / "b.png")])
+    assert len(source.streams) == 2
+    assert source.total is None
+    with pytest.raises(SourceError, match="no image in"):
+        open_source([str(tmp_path / "*.webp")])
