@@ -1,0 +1,209 @@
+"""The model bundle: a canonical tar whose SHA-256 is the model's identity.
+
+Canonical means sorted names, zero times and owners, so that the same content has the same digest wherever it is packed.
+`open_bundle` trusts nothing: it reads the whole tar into memory and checks names, kinds, sizes, digest and manifest
+before anything is written to disk or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vigil_common.errors import InvalidBundle
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+MANIFEST = "vigil.yaml"
+NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+MAX_BUNDLE_BYTES = 1 << 30
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILES = 256
+
+Runtime = Literal["onnxruntime", "openvino"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Artefact(_Strict):
+    """What one runtime loads: its main file, and all files that belong to it."""
+
+    path: str
+    files: tuple[str, ...]
+
+
+class ModelInput(_Strict):
+    """The tensor that the graph takes; width and height are None where it takes any size."""
+
+    name: str = "input"
+    layout: Literal["NCHW"] = "NCHW"
+    color: Literal["RGB"] = "RGB"
+    value_range: tuple[float, float] = (0.0, 1.0)
+    width: int | None = Field(default=None, ge=1, le=16384)
+    height: int | None = Field(default=None, ge=1, le=16384)
+    resize: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    antialias: bool = True
+
+
+class ModelOutputs(_Strict):
+    """Names of the graph's outputs; only the score is required."""
+
+    score: str
+    label: str | None = None
+    map: str | None = None
+    mask: str | None = None
+
+
+class ParitySample(_Strict):
+    """An image in the bundle with the score that the model must give it."""
+
+    image: str
+    score: float
+    tolerance: float = Field(default=1e-3, ge=0)
+
+
+class Manifest(_Strict):
+    """vigil.yaml."""
+
+    name: str
+    task: Literal["anomaly-detection"] = "anomaly-detection"
+    artefacts: dict[Runtime, Artefact] = Field(min_length=1)
+    input: ModelInput = ModelInput()
+    outputs: ModelOutputs
+    threshold: float = 0.5
+    fixed_batch: int | None = Field(default=None, ge=1, le=1024)
+    parity: tuple[ParitySample, ...] = ()
+    lineage: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("must be 1 to 63 lower-case letters, digits and dashes, and begin with a letter")
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle that passed every check."""
+
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    digest: str
+
+    def extract(self, folder: Path) -> None:
+        """Write its files below the folder."""
+        for name, content in self.files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def digest(bundle: bytes) -> str:
+    """The identity: "sha256:" and 64 hexadecimal digits."""
+    return f"sha256:{hashlib.sha256(bundle).hexdigest()}"
+
+
+def pack(manifest: Manifest, files: Mapping[str, bytes]) -> bytes:
+    """Make a canonical bundle.
+
+    Raises:
+        InvalidBundle: As `open_bundle`: what would not open is not packed.
+    """
+    text = yaml.safe_dump(manifest.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    content = {**files, MANIFEST: text.encode()}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in sorted(content):
+            member = tarfile.TarInfo(name)
+            member.size = len(content[name])
+            member.mode = 0o644
+            tar.addfile(member, io.BytesIO(content[name]))
+    bundle = buffer.getvalue()
+    open_bundle(bundle)
+    return bundle
+
+
+def read_manifest(bundle: bytes) -> Manifest:
+    """The manifest of a bundle, after every check of `open_bundle`."""
+    return open_bundle(bundle).manifest
+
+
+def open_bundle(bundle: bytes, *, expected_digest: str | None = None, max_bytes: int = MAX_BUNDLE_BYTES) -> Bundle:
+    """Check a bundle and give its content.
+
+    Raises:
+        InvalidBundle: DIGEST_MISMATCH, BUNDLE_TOO_LARGE, BUNDLE_CORRUPT, BUNDLE_PATH_OUTSIDE, BUNDLE_FILE_MISSING,
+            BUNDLE_OUTPUT_MISSING or MANIFEST_INVALID.
+    """
+    if len(bundle) > max_bytes:
+        raise InvalidBundle("BUNDLE_TOO_LARGE", f"the bundle has {len(bundle)} bytes, at most {max_bytes} are taken")
+    found = digest(bundle)
+    if expected_digest is not None and found != expected_digest:
+        raise InvalidBundle("DIGEST_MISMATCH", f"the bundle's digest is {found}, expected was {expected_digest}")
+    files = _members(bundle)
+    manifest = _manifest(files.pop(MANIFEST, None))
+    named = {name for artefact in manifest.artefacts.values() for name in (artefact.path, *artefact.files)}
+    named |= {sample.image for sample in manifest.parity}
+    if missing := sorted(named - files.keys()):
+        raise InvalidBundle("BUNDLE_FILE_MISSING", f"{MANIFEST} names {', '.join(missing)}, which is not in the bundle")
+    return Bundle(manifest, files, found)
+
+
+def _members(bundle: bytes) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(bundle), mode="r:") as tar:
+            for member in tar:
+                _check_member(member, files)
+                content = tar.extractfile(member)
+                files[member.name] = content.read() if content else b""
+                if len(files[member.name]) != member.size:
+                    raise InvalidBundle("BUNDLE_CORRUPT", f"{member.name} ends early; fetch the bundle again")
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        raise InvalidBundle("BUNDLE_CORRUPT", f"the bundle is no readable tar ({error}); fetch it again") from error
+    return files
+
+
+def _check_member(member: tarfile.TarInfo, files: Mapping[str, bytes]) -> None:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
+        raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} points outside the bundle")
+    if not member.isreg():
+        raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} is no regular file; links and devices are refused")
+    if str(path) != member.name or member.name in files:
+        raise InvalidBundle("BUNDLE_CORRUPT", f"{member.name!r} stands twice or is not written plainly")
+    if len(files) >= MAX_FILES:
+        raise InvalidBundle("BUNDLE_TOO_LARGE", f"a bundle holds at most {MAX_FILES} files")
+    if member.name == MANIFEST and member.size > MAX_MANIFEST_BYTES:
+        raise InvalidBundle("BUNDLE_TOO_LARGE", f"{MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
+
+
+def _manifest(text: bytes | None) -> Manifest:
+    if text is None:
+        raise InvalidBundle("BUNDLE_FILE_MISSING", f"the bundle has no {MANIFEST}")
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidBundle("MANIFEST_INVALID", f"{MANIFEST} is no YAML: {error}") from error
+    outputs = content.get("outputs") if isinstance(content, dict) else None
+    if isinstance(outputs, dict) and not outputs.get("score"):
+        raise InvalidBundle("BUNDLE_OUTPUT_MISSING", f"{MANIFEST} names no output for the score")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or MANIFEST
+        raise InvalidBundle("MANIFEST_INVALID", f"{MANIFEST}: {where}: {first['msg']}") from error
