@@ -81,7 +81,7 @@ def record(
 
 
 async def found(store: FrameStore, limit: int = 1000, **where: object) -> list[str]:
-    wanted = FrameFilter(labels={"entries": ["cells/*"], **where})  # type: ignore[arg-type]
+    wanted = FrameFilter(**{"entries": ["cells/*"], **where})
     return [stored.labels["frame_id"] async for stored in store.query(wanted, limit=limit)]
 
 

@@ -1,0 +1,71 @@
+"""Wires storage: every client and clock enters here."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from vigil.storage.v1 import storage_pb2_grpc
+from vigil_common.errors import Unavailable
+from vigil_common.grpc.server import create_server
+from vigil_common.logging import get_logger
+from vigil_common.store.open import open_stores
+from vigil_common.streams.redis import RedisStreams
+
+from vigil_storage.app import Storage
+from vigil_storage.bundles import inspect
+from vigil_storage.servicer import FrameServicer, ModelServicer
+from vigil_storage.writer import WriterOptions, Writers
+
+if TYPE_CHECKING:
+    from vigil_common.store.ports import FrameStore, ModelStore
+
+    from vigil_storage.config import Settings
+
+SERVICES = ("vigil.storage.v1.FrameService", "vigil.storage.v1.ModelService")
+RETRY_S = 1.0
+
+log = get_logger()
+
+
+async def _stores(settings: Settings, stop: asyncio.Event) -> tuple[FrameStore, ModelStore] | None:
+    """Wait for the stores; None where the process is stopped before they come."""
+    token = None
+    if settings.store_token_file is not None:
+        token = (await asyncio.to_thread(settings.store_token_file.read_text)).strip()
+    while not stop.is_set():
+        try:
+            return await open_stores(settings.store_url, token)
+        except Unavailable as error:
+            log.warning("store_unavailable", message=error.message)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RETRY_S)
+    return None
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve and write until stopped; what is written and not confirmed by then, the next owner takes over."""
+    stores = await _stores(settings, stop)
+    if stores is None:
+        return
+    frames, models = stores
+    streams = await RedisStreams.connect(settings.redis_url)
+    app = Storage(frames, models, inspect)
+    handle = create_server(settings.storage_bind, services=SERVICES)
+    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app), handle.server)
+    storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
+    consumer = uuid.uuid4().hex
+    options = WriterOptions(settings.batch_size, settings.flush_ms, settings.confirm_after_s)
+    writers = Writers(streams.routing, lambda model: streams.outcomes(model, consumer), frames, options)
+    writing = asyncio.create_task(writers.run(stop))
+    await handle.start()
+    await handle.ready()
+    log.info("ready", port=handle.port)
+    await stop.wait()
+    await handle.drain(settings.drain_s)
+    await writing
+    for part in (streams, frames, models):
+        await part.close()
+    log.info("drained")

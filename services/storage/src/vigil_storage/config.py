@@ -1,0 +1,37 @@
+"""Settings, from the environment: VIGIL_STORE_URL and so on."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 (pydantic reads it)
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Storage's settings.
+
+    Attributes:
+        storage_bind: "HOST:PORT" of the gRPC server.
+        redis_url: redis://, rediss:// or redis+cluster://.
+        store_url: http(s):// of ReductStore, or file:///FOLDER for the embedded store.
+        store_token_file: Holds ReductStore's API token.
+        metrics_port: Prometheus metrics; 0 for none.
+        confirm_after_s: How long after a write a frame is looked for; longer than RS_ENGINE_COMPACTION_INTERVAL.
+        batch_size: Records per write, at most 64.
+        flush_ms: How long a batch that is not full waits for more.
+        drain_s: How long calls under way may take at a stop.
+        log_level: Least level logged.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="VIGIL_")
+
+    storage_bind: str = "0.0.0.0:50053"
+    redis_url: str = "redis://127.0.0.1:6379"
+    store_url: str = "http://127.0.0.1:8383"
+    store_token_file: Path | None = None
+    metrics_port: int = 9090
+    confirm_after_s: float = 2.5
+    batch_size: int = 32
+    flush_ms: int = 50
+    drain_s: float = 10.0
+    log_level: str = "INFO"

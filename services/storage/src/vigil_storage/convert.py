@@ -1,0 +1,168 @@
+"""Protobuf in and out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.error_details_pb2 import ErrorInfo
+from vigil.storage.v1 import storage_pb2
+from vigil.types.v1 import types_pb2
+from vigil_common.errors import InvalidInput
+from vigil_common.store import labels as gate
+from vigil_common.store.ports import FrameFilter, Record
+
+from vigil_storage import domain
+
+if TYPE_CHECKING:
+    from google.rpc.status_pb2 import Status
+    from vigil_common.store.ports import ModelInfo, StoredRecord
+    from vigil_common.streams.ports import QueuedOutcome
+
+LABELS = {types_pb2.LABEL_NORMAL: "normal", types_pb2.LABEL_ANOMALOUS: "anomalous"}
+
+
+def to_us(time: Timestamp) -> int:
+    """Microseconds since 1970."""
+    return time.seconds * 1_000_000 + time.nanos // 1_000
+
+
+def from_us(time_us: int) -> Timestamp:
+    """A Timestamp of microseconds since 1970."""
+    return Timestamp(seconds=time_us // 1_000_000, nanos=time_us % 1_000_000 * 1_000)
+
+
+def _reason(status: Status) -> str:
+    for detail in status.details:
+        info = ErrorInfo()
+        if detail.Unpack(info) and info.reason:
+            return info.reason
+    return "UNKNOWN"
+
+
+def record_of(model: str, queued: QueuedOutcome) -> Record:
+    """What to store of an outcome; `InvalidInput` where there is nothing that could be."""
+    if queued.frame is None:
+        raise InvalidInput("FRAME_GONE", "the outcome's frame is no longer in the queue")
+    outcome, header = types_pb2.Outcome(), types_pb2.FrameHeader()
+    try:
+        outcome.ParseFromString(queued.outcome)
+        header.ParseFromString(queued.frame.header)
+    except DecodeError as error:
+        raise InvalidInput("OUTCOME_MALFORMED", "the outcome or its frame's header is no protobuf of ours") from error
+    received_us = to_us(header.received_at)
+    frame = domain.Frame(
+        frame_id=header.frame_id,
+        model=model,
+        camera=header.camera,
+        captured_at_us=to_us(header.captured_at) or received_us,
+        received_at_us=received_us,
+        sha256=header.sha256.hex(),
+        width=header.width,
+        height=header.height,
+        traceparent=header.traceparent,
+        labels=header.labels,
+    )
+    result: domain.Verdict | domain.Failure
+    if outcome.HasField("verdict"):
+        verdict = outcome.verdict
+        total = verdict.timing.total
+        result = domain.Verdict(
+            version=verdict.model.version,
+            digest=verdict.model.digest,
+            score=verdict.score,
+            anomalous=verdict.label == types_pb2.LABEL_ANOMALOUS,
+            threshold=verdict.threshold,
+            latency_us=total.seconds * 1_000_000 + total.nanos // 1_000,
+        )
+    else:
+        result = domain.Failure(_reason(outcome.failure))
+    return Record(
+        entry=f"{model}/{header.camera}",
+        timestamp_us=frame.captured_at_us,
+        labels=domain.labels_of(frame, result),
+        body=queued.frame.image,
+        content_type=header.content_type or "application/octet-stream",
+    )
+
+
+def stored_frame(record: StoredRecord) -> storage_pb2.StoredFrame:
+    """A record as the API shows it."""
+    labels = record.labels
+
+    def number(name: str) -> int:
+        return int(labels.get(name, "0"))
+
+    header = types_pb2.FrameHeader(
+        frame_id=labels["frame_id"],
+        model=labels.get("model", ""),
+        camera=labels.get("camera", ""),
+        captured_at=from_us(number("captured_at_us")),
+        received_at=from_us(number("received_at_us")),
+        labels=domain.client_labels(labels),
+        content_type=record.content_type,
+        width=number("width"),
+        height=number("height"),
+        sha256=bytes.fromhex(labels["sha256"]),
+        traceparent=labels.get("traceparent", ""),
+    )
+    frame = storage_pb2.StoredFrame(
+        header=header,
+        failure_reason=labels.get("reason", ""),
+        stored_at=from_us(record.timestamp_us),
+        labels=labels,
+        image_bytes=record.size_bytes,
+    )
+    if "score" in labels:
+        anomalous = labels.get("anomalous") == "true"
+        frame.verdict.CopyFrom(
+            types_pb2.Verdict(
+                frame_id=labels["frame_id"],
+                model=types_pb2.ModelVersion(
+                    name=labels.get("model", ""), version=number("version"), digest=labels.get("digest", "")
+                ),
+                score=float(labels["score"]),
+                label=types_pb2.LABEL_ANOMALOUS if anomalous else types_pb2.LABEL_NORMAL,
+                threshold=float(labels.get("threshold", "0")),
+            )
+        )
+        frame.verdict.timing.total.FromMicroseconds(number("latency_us"))
+    return frame
+
+
+def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:
+    """What a query asks for; `InvalidInput` for a name that can't be one."""
+    entry = f"{request.model}/{request.camera or 'any'}"
+    if not gate.ENTRY.fullmatch(entry):
+        raise InvalidInput("NAME_INVALID", f"{request.model!r} and {request.camera!r} name no model and camera")
+    start = to_us(request.start) if request.HasField("start") else None
+    stop = to_us(request.stop) if request.HasField("stop") else None
+    if start is not None and stop is not None and stop < start:
+        raise InvalidInput("RANGE_INVALID", "stop lies before start")
+    equals: dict[str, str] = {}
+    if request.version:
+        equals["version"] = str(request.version)
+    if request.label in LABELS:
+        equals["label"] = LABELS[request.label]
+    if request.failed:
+        equals["outcome"] = "failed"
+    return FrameFilter(
+        entries=[f"{request.model}/{request.camera or '*'}"],
+        start_us=start,
+        stop_us=stop,
+        equals=equals,
+        min_score=request.min_score if request.HasField("min_score") else None,
+        max_score=request.max_score if request.HasField("max_score") else None,
+    )
+
+
+def model_of(info: ModelInfo) -> storage_pb2.Model:
+    """A version as the API shows it."""
+    return storage_pb2.Model(
+        version=types_pb2.ModelVersion(name=info.name, version=info.version, digest=info.digest),
+        size_bytes=info.size_bytes,
+        formats=info.formats,
+        published_at=from_us(info.published_at_us),
+        manifest=info.manifest,
+    )

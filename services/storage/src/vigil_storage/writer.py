@@ -1,0 +1,305 @@
+"""From the queue into the store: nothing leaves the queue before the store is known to keep it.
+
+One writer per model at a time, by lease. It writes one batch while it reads the next. What is written waits until a
+query finds it again `confirm_after_s` later, in the same life of the server; only then the queue forgets it. What is
+gone by then is read from the queue again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict, deque
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from vigil_common.errors import Conflict, InvalidInput, Unavailable
+from vigil_common.logging import get_logger
+from vigil_common.store.ports import Record, Written
+
+from vigil_storage import convert, domain, metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vigil_common.store.ports import FrameStore
+    from vigil_common.streams.ports import OutcomeSource, QueuedOutcome, RoutingTable
+
+READ_BLOCK_MS = 250
+SETTLE_EVERY_S = 0.2
+DISCOVER_EVERY_S = 1.0
+BACKOFF_S = (0.05, 5.0)
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WriterOptions:
+    """How a writer works.
+
+    Attributes:
+        batch_size: Records per write, at most 64.
+        flush_ms: How long a batch that is not full waits for more.
+        confirm_after_s: How long after a write it is looked for: longer than the server's compaction interval.
+        max_unconfirmed: Frames written and not confirmed, at which reading pauses.
+        lease_ms: How long a dead owner keeps others waiting.
+    """
+
+    batch_size: int = 32
+    flush_ms: int = 50
+    confirm_after_s: float = 2.5
+    max_unconfirmed: int = 16_384
+    lease_ms: int = 6_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Unconfirmed:
+    outcome: QueuedOutcome
+    entry: str
+    timestamp_us: int
+    sha256: str
+    written_at: float
+
+
+class FrameWriter:
+    """Stores the outcomes of one model."""
+
+    def __init__(
+        self,
+        model: str,
+        source: OutcomeSource,
+        store: FrameStore,
+        options: WriterOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._store = store
+        self._options = options
+        self._clock = clock
+        self._unconfirmed: deque[_Unconfirmed] = deque()
+        # Outcomes between reading and confirmation, by their place in the stream.
+        self._held: set[str] = set()
+        self._replay = True
+        self._log = log.bind(model=model)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Write until stopped, whenever the lease is ours."""
+        try:
+            while not stop.is_set():
+                try:
+                    if await self._source.own(ttl_ms=self._options.lease_ms):
+                        await self._serve(stop)
+                except Unavailable as error:
+                    self._log.warning("storage_waits", reason=error.reason, message=error.message)
+                await _wait(stop, self._options.lease_ms / 3000)
+        finally:
+            with suppress(Unavailable):
+                await self._source.close()
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        """Work as the owner, until the lease is lost or a part fails; starts with what an earlier owner left."""
+        self._unconfirmed.clear()
+        self._held.clear()
+        self._replay = True
+        self._log.info("storage_owns")
+        parts = [asyncio.create_task(part) for part in (self._keep(), self._pump(stop), self._settle())]
+        try:
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        """Renew the lease; returns once it is lost."""
+        renewed = self._clock()
+        while self._clock() - renewed < self._options.lease_ms / 1000:
+            await asyncio.sleep(self._options.lease_ms / 4000)
+            with suppress(Unavailable):
+                asked = self._clock()
+                if not await self._source.own(ttl_ms=self._options.lease_ms):
+                    break
+                renewed = asked
+        self._log.warning("storage_lease_lost")
+
+    async def _pump(self, stop: asyncio.Event) -> None:
+        """Write each batch while the next is read."""
+        upcoming = asyncio.create_task(self._collect())
+        try:
+            while not stop.is_set():
+                batch = await upcoming
+                upcoming = asyncio.create_task(self._collect())
+                if batch:
+                    await self._write(batch)
+        finally:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)
+
+    async def _collect(self) -> list[QueuedOutcome]:
+        """The next batch; empty where nothing came for a while."""
+        count = self._options.batch_size
+        if len(self._unconfirmed) >= self._options.max_unconfirmed:
+            await asyncio.sleep(SETTLE_EVERY_S)
+            return []
+        if self._replay:
+            found = await self._source.read(count=count, block_ms=0, pending=True)
+            self._replay = bool(found)
+        else:
+            found = await self._source.read(count=count, block_ms=READ_BLOCK_MS)
+            if 0 < len(found) < count:
+                await asyncio.sleep(self._options.flush_ms / 1000)
+                found += await self._source.read(count=count - len(found), block_ms=0)
+        fresh = [outcome for outcome in found if outcome.entry_id not in self._held]
+        self._held.update(outcome.entry_id for outcome in fresh)
+        return fresh
+
+    async def _write(self, batch: Sequence[QueuedOutcome]) -> None:
+        """Write a batch, however long it takes; what can't be written is written as it can be, or dropped with a line."""
+        todo: list[tuple[QueuedOutcome, Record]] = []
+        for outcome in batch:
+            try:
+                todo.append((outcome, convert.record_of(self._model, outcome)))
+            except InvalidInput as error:
+                await self._drop(outcome, error)
+        pause_s = BACKOFF_S[0]
+        with metrics.WRITE_SECONDS.labels(self._model).time():
+            while todo:
+                again: list[tuple[QueuedOutcome, Record]] = []
+                waits = False
+                results = await self._store.write([record for _, record in todo])
+                for (outcome, record), result in zip(todo, results, strict=True):
+                    if isinstance(result, Written):
+                        self._keep_unconfirmed(outcome, record, result)
+                    elif not isinstance(result, Conflict | InvalidInput):
+                        again.append((outcome, record))
+                        waits = True
+                    elif "labels_refused" in record.labels or "reused_frame_id" in record.labels:
+                        await self._drop(outcome, result)
+                    else:
+                        self._count("rejected")
+                        self._log.error(
+                            "frame_rejected",
+                            frame_id=record.labels["frame_id"],
+                            reason=result.reason,
+                            message=str(result),
+                        )
+                        again.append((outcome, domain.salvage(record, result.reason)))
+                todo = again
+                if waits:
+                    self._log.warning("store_waits", records=len(todo), message=str(results[-1]))
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(pause_s * 2, BACKOFF_S[1])
+
+    def _keep_unconfirmed(self, outcome: QueuedOutcome, record: Record, written: Written) -> None:
+        self._count("existed" if written.existed else "written")
+        # Its image stays in the queue, not here.
+        light = replace(outcome, outcome=b"", frame=replace(outcome.frame, image=b"") if outcome.frame else None)
+        sha256 = record.labels["sha256"]
+        self._unconfirmed.append(_Unconfirmed(light, record.entry, written.timestamp_us, sha256, self._clock()))
+        metrics.UNCONFIRMED.labels(self._model).set(len(self._unconfirmed))
+
+    async def _drop(self, outcome: QueuedOutcome, error: InvalidInput | Conflict) -> None:
+        """Nothing of it can be stored: say so and go on."""
+        self._log.error("outcome_dropped", entry_id=outcome.entry_id, reason=error.reason, message=error.message)
+        self._count("dropped")
+        await self._source.done([outcome])
+        self._held.discard(outcome.entry_id)
+
+    def _count(self, result: str) -> None:
+        metrics.FRAMES.labels(self._model, result).inc()
+
+    async def _settle(self) -> None:
+        """Confirm and free, over and over."""
+        while True:
+            await asyncio.sleep(SETTLE_EVERY_S)
+            try:
+                await self._confirm()
+                await self._source.trim()
+            except Unavailable as error:
+                self._log.warning("confirmation_waits", reason=error.reason, message=error.message)
+                await asyncio.sleep(BACKOFF_S[1] / 5)
+
+    async def _confirm(self) -> None:
+        """Look for what was written long enough ago, and as long since the server started."""
+        if not self._unconfirmed:
+            return
+        uptime_s = await self._store.uptime_s()
+        now = self._clock()
+        if min(now - self._unconfirmed[0].written_at, uptime_s) < self._options.confirm_after_s:
+            return
+        due: dict[str, list[_Unconfirmed]] = defaultdict(list)
+        count = 0
+        for one in self._unconfirmed:
+            if now - one.written_at < self._options.confirm_after_s:
+                break
+            due[one.entry].append(one)
+            count += 1
+        entries = list(due.items())
+        found = await asyncio.gather(
+            *(self._store.confirm(entry, {one.timestamp_us: one.sha256 for one in ones}) for entry, ones in entries)
+        )
+        if await self._store.uptime_s() < uptime_s:
+            return  # A new life of the server began in between: what was found may still be lost.
+        present = [
+            one for (_, ones), times in zip(entries, found, strict=True) for one in ones if one.timestamp_us in times
+        ]
+        await self._source.done([one.outcome for one in present])
+        for _ in range(count):
+            self._held.discard(self._unconfirmed.popleft().outcome.entry_id)
+        metrics.CONFIRMED.labels(self._model).inc(len(present))
+        metrics.UNCONFIRMED.labels(self._model).set(len(self._unconfirmed))
+        if len(present) < count:
+            self._log.warning("records_vanished", count=count - len(present))
+            metrics.FRAMES.labels(self._model, "vanished").inc(count - len(present))
+            # No longer held, so that they are read from the queue and written again.
+            self._replay = True
+
+
+class Writers:
+    """A writer for each model that has a route."""
+
+    def __init__(
+        self,
+        routing: RoutingTable,
+        outcomes: Callable[[str], OutcomeSource],
+        store: FrameStore,
+        options: WriterOptions,
+    ) -> None:
+        self._routing = routing
+        self._outcomes = outcomes
+        self._store = store
+        self._options = options
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Find models and write for them until stopped; a writer that broke is started again."""
+        running: dict[str, asyncio.Task[None]] = {}
+        try:
+            while not stop.is_set():
+                for model, task in list(running.items()):
+                    if task.done() and not task.cancelled():
+                        log.error("writer_failed", model=model, exc_info=task.exception())
+                        del running[model]
+                try:
+                    models = await self._routing.models()
+                except Unavailable as error:
+                    log.warning("models_unknown", reason=error.reason, message=error.message)
+                    models = []
+                for model in models:
+                    if model not in running:
+                        writer = FrameWriter(model, self._outcomes(model), self._store, self._options)
+                        running[model] = asyncio.create_task(writer.run(stop))
+                await _wait(stop, DISCOVER_EVERY_S)
+            await asyncio.gather(*running.values(), return_exceptions=True)
+        finally:
+            for task in running.values():
+                task.cancel()
+            await asyncio.gather(*running.values(), return_exceptions=True)
+
+
+async def _wait(stop: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(stop.wait(), seconds)
