@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
@@ -80,7 +80,7 @@ def record(
     return Record(entry, at, {"frame_id": frame_id, "sha256": digest, **(labels or {}), **more}, image, "image/png")
 
 
-async def found(store: FrameStore, limit: int = 1000, **where: object) -> list[str]:
+async def found(store: FrameStore, limit: int = 1000, **where: Any) -> list[str]:
     wanted = FrameFilter(**{"entries": ["cells/*"], **where})
     return [stored.labels["frame_id"] async for stored in store.query(wanted, limit=limit)]
 

@@ -37,7 +37,7 @@ def _reason(status: Status) -> str:
     for detail in status.details:
         info = ErrorInfo()
         if detail.Unpack(info) and info.reason:
-            return info.reason
+            return str(info.reason)
     return "UNKNOWN"
 
 

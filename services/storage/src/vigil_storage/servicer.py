@@ -24,13 +24,13 @@ class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
     def __init__(self, app: Storage) -> None:
         self._app = app
 
-    async def Query(self, request: storage_pb2.QueryRequest, _context: Any) -> storage_pb2.QueryResponse:  # type: ignore[override]
+    async def Query(self, request: storage_pb2.QueryRequest, _context: Any) -> storage_pb2.QueryResponse:
         """Frames that match, oldest first."""
         where = convert.filter_of(request)
         found, token = await self._app.query(where, page_size=request.page_size, token=request.page_token)
         return storage_pb2.QueryResponse(frames=map(convert.stored_frame, found), next_page_token=token)
 
-    async def Get(self, request: storage_pb2.GetRequest, _context: Any) -> storage_pb2.GetResponse:  # type: ignore[override]
+    async def Get(self, request: storage_pb2.GetRequest, _context: Any) -> storage_pb2.GetResponse:
         """One frame by its id."""
         stored, image = await self._app.get(
             request.model, request.frame_id, request.camera, header_only=request.header_only
@@ -44,7 +44,7 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
     def __init__(self, app: Storage) -> None:
         self._app = app
 
-    async def Publish(  # type: ignore[override]
+    async def Publish(
         self, request_iterator: AsyncIterator[storage_pb2.PublishRequest], _context: Any
     ) -> storage_pb2.PublishResponse:
         """The header, then the bundle in chunks."""
@@ -68,17 +68,17 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
         )
         return storage_pb2.PublishResponse(model=convert.model_of(info), created=created)
 
-    async def List(self, request: storage_pb2.ListRequest, _context: Any) -> storage_pb2.ListResponse:  # type: ignore[override]
+    async def List(self, request: storage_pb2.ListRequest, _context: Any) -> storage_pb2.ListResponse:
         """Versions by name and number."""
         found = await self._app.models.list(request.name or None)
         return storage_pb2.ListResponse(models=map(convert.model_of, found))
 
-    async def GetModel(self, request: storage_pb2.GetModelRequest, _context: Any) -> storage_pb2.GetModelResponse:  # type: ignore[override]
+    async def GetModel(self, request: storage_pb2.GetModelRequest, _context: Any) -> storage_pb2.GetModelResponse:
         """One version."""
         info = await self._app.models.get(request.name, request.version or None)
         return storage_pb2.GetModelResponse(model=convert.model_of(info))
 
-    async def Download(  # type: ignore[override]
+    async def Download(
         self, request: storage_pb2.DownloadRequest, _context: Any
     ) -> AsyncIterator[storage_pb2.DownloadResponse]:
         """The header, then the bundle in chunks."""

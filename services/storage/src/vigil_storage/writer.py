@@ -134,7 +134,7 @@ class FrameWriter:
                 batch = await upcoming
                 upcoming = asyncio.create_task(self._collect())
                 if batch:
-                    await self._write(batch)
+                    await self._write(batch, stop)
         finally:
             upcoming.cancel()
             await asyncio.gather(upcoming, return_exceptions=True)
@@ -157,8 +157,8 @@ class FrameWriter:
         self._held.update(outcome.entry_id for outcome in fresh)
         return fresh
 
-    async def _write(self, batch: Sequence[QueuedOutcome]) -> None:
-        """Write a batch, however long it takes; what can't be written is written as it can be, or dropped with a line."""
+    async def _write(self, batch: Sequence[QueuedOutcome], stop: asyncio.Event) -> None:
+        """Write a batch, however long it takes; what the store refuses is written as it can be, or dropped."""
         todo: list[tuple[QueuedOutcome, Record]] = []
         for outcome in batch:
             try:
@@ -181,17 +181,15 @@ class FrameWriter:
                         await self._drop(outcome, result)
                     else:
                         self._count("rejected")
-                        self._log.error(
-                            "frame_rejected",
-                            frame_id=record.labels["frame_id"],
-                            reason=result.reason,
-                            message=str(result),
-                        )
+                        frame_id = record.labels["frame_id"]
+                        self._log.error("frame_rejected", frame_id=frame_id, reason=result.reason, message=str(result))
                         again.append((outcome, domain.salvage(record, result.reason)))
                 todo = again
                 if waits:
                     self._log.warning("store_waits", records=len(todo), message=str(results[-1]))
-                    await asyncio.sleep(pause_s)
+                    await _wait(stop, pause_s)
+                    if stop.is_set():
+                        return  # The queue still has them.
                     pause_s = min(pause_s * 2, BACKOFF_S[1])
 
     def _keep_unconfirmed(self, outcome: QueuedOutcome, record: Record, written: Written) -> None:
@@ -244,9 +242,8 @@ class FrameWriter:
         )
         if await self._store.uptime_s() < uptime_s:
             return  # A new life of the server began in between: what was found may still be lost.
-        present = [
-            one for (_, ones), times in zip(entries, found, strict=True) for one in ones if one.timestamp_us in times
-        ]
+        pairs = zip(entries, found, strict=True)
+        present = [one for (_, ones), times in pairs for one in ones if one.timestamp_us in times]
         await self._source.done([one.outcome for one in present])
         for _ in range(count):
             self._held.discard(self._unconfirmed.popleft().outcome.entry_id)
