@@ -14,19 +14,23 @@ from vigil_cli.sources import find_images
 
 app = typer.Typer(help="Model bundles and versions.", no_args_is_help=True)
 
+_PARITY_IMAGES = 8
+
 
 @app.command("import")
 def import_(
-    export: Annotated[Path, typer.Argument(exists=True, help="An Anomalib export: model.onnx or model.xml.")],
+    export: Annotated[Path, typer.Argument(exists=True, help="An Anomalib export: its folder, .onnx or .xml.")],
     *,
     name: Annotated[str, typer.Option(help="The model's name.")],
-    images: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Images whose scores pin the export.")],
+    images: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Images whose scores pin the export.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("bundle.tar"),
 ) -> None:
     """Make a bundle of a model exported by Anomalib."""
     from vigil_trainer import import_export  # noqa: PLC0415 - loads the runtimes
 
-    bundle = import_export(export, name=name, parity_images=find_images(images)[:8])
+    bundle = import_export(export, name=name, parity_images=find_images(images)[:_PARITY_IMAGES] if images else ())
     output.write_bytes(bundle)
     console.print(f"{output}: {len(bundle):,} bytes")
 
@@ -74,8 +78,8 @@ def list_(
 @app.command()
 def promote(
     name: Annotated[str, typer.Argument(help="The model's name.")],
-    version: Annotated[int, typer.Argument(help="0: the newest.")] = 0,
     *,
+    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own.")] = None,
     redis_url: RedisUrl = DEFAULT_REDIS,
     storage_address: StorageAddress = DEFAULT_STORAGE,

@@ -23,7 +23,7 @@ Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer to
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 DEFAULT_INGEST = "localhost:50051"
-DEFAULT_STORAGE = "localhost:50052"
+DEFAULT_STORAGE = "localhost:50053"
 DEFAULT_REDIS = "redis://localhost:6379/0"
 
 
