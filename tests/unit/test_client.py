@@ -248,14 +248,20 @@ async def test_a_refused_stream_falls_back_to_single_calls(server: Server) -> No
     assert [name for name, result in results.items() if result.error] == ["f-1"]
 
 
-async def test_what_the_source_raises_reaches_the_caller(server: Server) -> None:
+@pytest.mark.parametrize("busy_s", [0.0, 0.1])
+async def test_what_the_source_raises_reaches_the_caller_even_while_it_is_busy(server: Server, busy_s: float) -> None:
     def source() -> Iterator[Frame]:
+        yield Frame(b"image", "m")
         yield Frame(b"image", "m")
         raise OSError("camera unplugged")
 
+    async def consume() -> None:
+        async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=2) as client:
+            async for _ in client.stream(source()):
+                await asyncio.sleep(busy_s)
+
     with pytest.raises(OSError, match="camera unplugged"):
-        async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
-            _ = [result async for result in client.stream(source())]
+        await consume()
 
 
 async def test_submit_retries_and_can_stop_at_acceptance(server: Server) -> None:

@@ -127,9 +127,14 @@ class VigilClient:
         """
         session = _StreamSession(self, wait_for)
         tasks = [asyncio.create_task(session.feed(frames)), asyncio.create_task(session.run())]
+        for task in tasks:
+            task.add_done_callback(session.wake)
         try:
-            while (result := await session.next_result(tasks)) is not None:
+            while (result := await session.next_result()) is not None:
                 yield result
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
             # All answered: let the server end the stream its way before it is cut.
             await asyncio.wait(tasks, timeout=_GOODBYE_S if session.finished else 0)
@@ -155,20 +160,17 @@ class _StreamSession:
         self._source_ended = False
         self.finished = False
 
-    async def next_result(self, tasks: list[asyncio.Task[None]]) -> Result | None:
-        """The next result, None after the last; raises what the source raised."""
-        getter = asyncio.ensure_future(self._results.get())
-        waiting: set[asyncio.Future[object]] = {getter, *(task for task in tasks if not task.done())}  # type: ignore[arg-type]
-        while not getter.done():
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {getter}:
-                if task.exception() is not None:
-                    getter.cancel()
-                    task.result()
-        result = getter.result()
+    async def next_result(self) -> Result | None:
+        """The next result, None after the last or where a task failed."""
+        result = await self._results.get()
         if result is not None:
             self._room.release()
         return result
+
+    def wake(self, task: asyncio.Task[None]) -> None:
+        """End the results where a task failed: its error is the caller's."""
+        if not task.cancelled() and task.exception() is not None:
+            self._results.put_nowait(None)
 
     async def feed(self, frames: AsyncIterable[Frame] | Iterable[Frame]) -> None:
         """Take frames from the source as there is room for them."""
