@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from dataclasses import dataclass
 
-from vigil_common.bundle import open_bundle
+from vigil_common.bundle import MANIFEST, open_bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,4 +22,6 @@ def inspect(bundle: bytes) -> Inspected:
     """Validate a bundle; raises `InvalidBundle`."""
     opened = open_bundle(bundle)
     formats = tuple(sorted(str(runtime) for runtime in opened.manifest.artefacts))
-    return Inspected(opened.manifest.name, formats, opened.files["vigil.yaml"].decode())
+    with tarfile.open(fileobj=io.BytesIO(bundle)) as tar:
+        text = tar.extractfile(MANIFEST)
+        return Inspected(opened.manifest.name, formats, text.read().decode() if text else "")
