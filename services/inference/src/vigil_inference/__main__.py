@@ -1,0 +1,14 @@
+"""Entry point: `python -m vigil_inference`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from vigil_common.lifecycle import run
+
+from vigil_inference.bootstrap import serve
+from vigil_inference.config import Settings
+
+if __name__ == "__main__":
+    settings = Settings()
+    run("inference", partial(serve, settings), log_level=settings.log_level, metrics_port=settings.metrics_port)

@@ -1,0 +1,127 @@
+"""Wires a worker: every client and clock enters here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+from vigil.inference.v1 import inference_pb2_grpc
+from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
+from vigil.types.v1 import types_pb2
+from vigil_common.bundle import digest
+from vigil_common.errors import DataLost, Unavailable
+from vigil_common.grpc.server import create_server
+from vigil_common.logging import get_logger
+from vigil_common.store.open import open_stores
+from vigil_common.streams.redis import RedisStreams
+
+from vigil_inference.model import LoadedModel
+from vigil_inference.pipeline import Pipeline
+from vigil_inference.servicer import InferenceServicer
+from vigil_inference.worker import Worker
+
+if TYPE_CHECKING:
+    from vigil_inference.config import Settings
+
+SERVICES = ("vigil.inference.v1.InferenceService",)
+DRAIN_S = 20.0
+RETRY_S = 1.0
+
+log = get_logger()
+
+
+async def fetch(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
+    """The bundle, through the storage service or directly.
+
+    Raises:
+        Unavailable: Neither can be reached.
+        NotFound: No such version.
+        DataLost: DIGEST_MISMATCH: what came is not what was published.
+    """
+    if settings.storage_address:
+        version, bundle = await _fetch_by_grpc(settings)
+    elif settings.store_url:
+        token = settings.store_token_file.read_text().strip() if settings.store_token_file else None
+        frames, models = await open_stores(settings.store_url, token)
+        try:
+            info = await models.get(settings.model, settings.model_version or None)
+            bundle = await models.download(info.name, info.version)
+        finally:
+            await frames.close()
+            await models.close()
+        version = types_pb2.ModelVersion(name=info.name, version=info.version, digest=info.digest)
+    else:
+        raise Unavailable("NO_MODEL_SOURCE", "set VIGIL_STORAGE_ADDRESS or VIGIL_STORE_URL to load the model from")
+    if digest(bundle) != version.digest:
+        raise DataLost("DIGEST_MISMATCH", f"the bundle hashes to {digest(bundle)}, published was {version.digest}")
+    return version, bundle
+
+
+async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
+    request = storage_pb2.DownloadRequest(name=settings.model, version=settings.model_version)
+    async with grpc.aio.insecure_channel(settings.storage_address or "") as channel:
+        stub: storage_pb2_grpc.ModelServiceAsyncStub = storage_pb2_grpc.ModelServiceStub(channel)
+        while True:
+            version, chunks = types_pb2.ModelVersion(), []
+            try:
+                async for response in stub.Download(request, wait_for_ready=True):
+                    if response.HasField("model"):
+                        version = response.model.version
+                    else:
+                        chunks.append(response.chunk)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                log.warning("storage_away", detail=error.details())
+                await asyncio.sleep(RETRY_S)
+                continue
+            return version, b"".join(chunks)
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Load, prove, then work until stopped."""
+    handle = create_server(settings.inference_bind, services=SERVICES)
+    version, bundle = await fetch(settings)
+    if settings.cache_dir:
+        settings.cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.cache_dir, ignore_cleanup_errors=True) as folder:
+        model = await asyncio.to_thread(
+            LoadedModel,
+            bundle,
+            Path(folder),
+            expected_digest=settings.model_digest or version.digest,
+            engine=settings.engine,
+            threads=settings.threads,
+            precision=settings.precision,
+        )
+        del bundle
+        pipeline = Pipeline(model, settings.max_image_pixels, settings.batch_size, settings.decoders)
+        pipeline.start()
+        streams = await RedisStreams.connect(settings.redis_url)
+        consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        worker = Worker(
+            streams.source(settings.model, consumer),
+            streams.routing,
+            pipeline,
+            version=version,
+            default_threshold=model.manifest.threshold,
+            prefetch=2 * (model.manifest.fixed_batch or settings.batch_size) + 2,
+            claim_idle_ms=settings.claim_idle_ms,
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(pipeline, worker, version, threads=settings.threads), handle.server
+        )
+        await handle.start()
+        await handle.ready()
+        log.info("ready", port=handle.port, model=version.name, version=version.version, engine=model.engine.name)
+        await worker.run(stop)
+        await handle.drain(DRAIN_S)
+        await pipeline.close()
+        await streams.close()
+    log.info("drained")

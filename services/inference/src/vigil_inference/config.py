@@ -1,0 +1,54 @@
+"""Settings, from the environment: VIGIL_MODEL and so on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """A worker's settings.
+
+    Attributes:
+        inference_bind: "HOST:PORT" of the gRPC server.
+        redis_url: redis://, rediss:// or redis+cluster://.
+        model: Whose frames to judge.
+        model_version: 0 for the newest.
+        model_digest: Refuse any other bundle.
+        storage_address: Where to load the bundle from, by gRPC.
+        store_url: Where to load it from directly, if no storage_address is given.
+        store_token_file: Holds the store's token.
+        engine: "auto" takes the first that the bundle has an artefact for.
+        precision: On OpenVINO.
+        threads: For one run.
+        batch_size: Most images of one run.
+        decoders: Decoding threads.
+        cache_dir: Writable, for the extracted bundle.
+        metrics_port: Prometheus metrics; 0 for none.
+        claim_idle_ms: Frames that another worker has held for longer are taken over.
+        max_image_pixels: Larger images are refused.
+        log_level: Least level logged.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="VIGIL_", protected_namespaces=())
+
+    inference_bind: str = "0.0.0.0:50052"
+    redis_url: str = "redis://127.0.0.1:6379"
+    model: str
+    model_version: int = 0
+    model_digest: str | None = None
+    storage_address: str | None = None
+    store_url: str | None = None
+    store_token_file: Path | None = None
+    engine: Literal["auto", "onnxruntime", "openvino"] = "auto"
+    precision: Literal["f32", "bf16"] = "f32"
+    threads: int = 1
+    batch_size: int = 1
+    decoders: int = 1
+    cache_dir: Path | None = None
+    metrics_port: int = 9092
+    claim_idle_ms: int = 15_000
+    max_image_pixels: int = 50_000_000
+    log_level: str = "INFO"

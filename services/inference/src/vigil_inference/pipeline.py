@@ -1,0 +1,165 @@
+"""Threads that keep the model busy: the next image is decoded while the model runs on this one."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vigil_inference.images import Pixels, Tensor, decode, to_tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vigil_inference.engine import Outputs
+    from vigil_inference.model import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the model says of one image; `pixels`, `map` and `mask` only where pictures were asked for."""
+
+    score: float
+    pixels: Pixels | None
+    map: NDArray[np.float32] | None
+    mask: NDArray[np.bool_] | None
+    decode_s: float
+    inference_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    image: bytes
+    pictures: bool
+    future: asyncio.Future[Judged]
+    tensor: Tensor | None = None
+    pixels: Pixels | None = None
+    decode_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """Decoding threads in front of one model thread.
+
+    Args:
+        model: Judges batches; called from the model thread only.
+        max_pixels: Larger images are refused before decoding.
+        batch_size: Most images of one run; waits for none.
+        decoders: Decoding threads.
+    """
+
+    model: LoadedModel
+    max_pixels: int
+    batch_size: int = 1
+    decoders: int = 1
+    _ready: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
+    _pool: ThreadPoolExecutor = field(init=False)
+    _thread: threading.Thread = field(init=False)
+    _loop: asyncio.AbstractEventLoop = field(init=False)
+
+    def start(self) -> None:
+        """Start the threads; call from the loop that will ask."""
+        self._loop = asyncio.get_running_loop()
+        self._pool = ThreadPoolExecutor(self.decoders, thread_name_prefix="decode")
+        self._thread = threading.Thread(target=self._judge_all, name="model", daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Let what is under way end."""
+        await asyncio.to_thread(self._pool.shutdown)
+        self._ready.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    async def judge(self, image: bytes, *, pictures: bool) -> Judged:
+        """Judge one image.
+
+        Raises:
+            InvalidInput: The image can't be read; see `vigil_inference.images.decode`.
+        """
+        job = _Job(image, pictures, self._loop.create_future())
+        self._pool.submit(self._decode, job)
+        return await job.future
+
+    def _decode(self, job: _Job) -> None:
+        began = time.perf_counter()
+        try:
+            pixels = decode(job.image, max_pixels=self.max_pixels)
+            job.tensor = to_tensor(pixels, self.model.manifest.input)
+        except Exception as error:  # noqa: BLE001 - carried to who asked
+            self._fail([job], error)
+            return
+        if job.pictures:
+            job.pixels = pixels
+        job.decode_s = time.perf_counter() - began
+        self._ready.put(job)
+
+    def _judge_all(self) -> None:
+        held: _Job | None = None
+        while True:
+            job = held or self._ready.get()
+            held = None
+            if job is None:
+                return
+            batch = [job]
+            while len(batch) < self.batch_size:
+                try:
+                    more = self._ready.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    self._ready.put(None)
+                    break
+                if _tensor(more).shape != _tensor(job).shape:
+                    held = more
+                    break
+                batch.append(more)
+            self._judge(batch)
+
+    def _judge(self, batch: list[_Job]) -> None:
+        began = time.perf_counter()
+        tensor = _tensor(batch[0]) if len(batch) == 1 else np.concatenate([_tensor(job) for job in batch])
+        pictures = any(job.pictures for job in batch)
+        try:
+            outputs = self.model.judge(tensor, pictures=pictures)
+        except Exception as error:  # noqa: BLE001 - the runtime's own kinds, carried to who asked
+            self._fail(batch, error)
+            return
+        inference_s = time.perf_counter() - began
+        results = [_judged(job, outputs, index, inference_s) for index, job in enumerate(batch)]
+        self._loop.call_soon_threadsafe(_settle, batch, results)
+
+    def _fail(self, jobs: list[_Job], error: Exception) -> None:
+        def fail() -> None:
+            for job in jobs:
+                if not job.future.done():
+                    job.future.set_exception(error)
+
+        self._loop.call_soon_threadsafe(fail)
+
+
+def _tensor(job: _Job) -> Tensor:
+    assert job.tensor is not None  # noqa: S101 - set before the job is ready
+    return job.tensor
+
+
+def _judged(job: _Job, outputs: Outputs, index: int, inference_s: float) -> Judged:
+    return Judged(
+        score=float(outputs.score[index]),
+        pixels=job.pixels,
+        map=outputs.map[index] if job.pictures and outputs.map is not None else None,
+        mask=outputs.mask[index] if job.pictures and outputs.mask is not None else None,
+        decode_s=job.decode_s,
+        inference_s=inference_s,
+    )
+
+
+def _settle(batch: list[_Job], results: list[Judged]) -> None:
+    for job, result in zip(batch, results, strict=True):
+        if not job.future.done():
+            job.future.set_result(result)

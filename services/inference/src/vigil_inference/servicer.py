@@ -1,0 +1,66 @@
+"""vigil.inference.v1: convert in, await, convert out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
+
+from vigil_inference import convert
+
+if TYPE_CHECKING:
+    import grpc
+    from vigil.types.v1 import types_pb2
+
+    from vigil_inference.pipeline import Pipeline
+    from vigil_inference.worker import Worker
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Predict and Describe."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        worker: Worker,
+        version: types_pb2.ModelVersion,
+        *,
+        threads: int,
+    ) -> None:
+        self._pipeline = pipeline
+        self._worker = worker
+        self._version = version
+        self._threads = threads
+
+    async def Predict(
+        self, request: inference_pb2.PredictRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.PredictResponse:
+        """Judge one image now."""
+        pictures = convert.wants_pictures(request.outputs)
+        received_us = time.time_ns() // 1000
+        judged = await self._pipeline.judge(request.image, pictures=pictures)
+        found = convert.verdict(
+            judged,
+            frame_id=request.frame_id,
+            model=self._version,
+            threshold=request.threshold if request.HasField("threshold") else self._worker.threshold,
+            received_us=received_us,
+            read_us=received_us,
+        )
+        if pictures:
+            await asyncio.to_thread(convert.add_pictures, found, judged, request.outputs)
+        return inference_pb2.PredictResponse(verdict=found)
+
+    async def Describe(
+        self, request: inference_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.DescribeResponse:
+        """What is loaded."""
+        return convert.description(
+            self._pipeline.model,
+            self._version,
+            threads=self._threads,
+            batch_size=self._pipeline.batch_size,
+            live=self._worker.live,
+        )
