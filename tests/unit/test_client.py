@@ -179,15 +179,18 @@ async def test_an_error_that_will_not_pass_is_a_result_and_the_stream_goes_on(se
     assert results["f-2"].verdict is not None
 
 
-async def test_unanswered_frames_are_sent_again_under_the_same_ids_after_a_lost_connection(server: Server) -> None:
-    server.ingest.drop_after = [3, 5]
+@pytest.mark.parametrize("drops", [[3, 5], [29]], ids=["early", "at the last frame"])
+async def test_unanswered_frames_are_sent_again_under_the_same_ids_after_a_lost_connection(
+    server: Server, drops: list[int]
+) -> None:
+    server.ingest.drop_after = drops.copy()
     async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=8) as client:
         results = [result async for result in client.stream(_frames(30))]
     ids = {f"f-{number}" for number in range(30)}
     assert len(results) == 30
     assert {result.frame_id for result in results} == ids
     assert set(server.ingest.seen) == ids
-    assert server.ingest.streams == 3
+    assert server.ingest.streams == len(drops) + 1
     assert len(server.ingest.seen) > 30
 
 
