@@ -57,7 +57,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
     consumer = uuid.uuid4().hex
-    options = WriterOptions(settings.batch_size, settings.flush_ms, settings.confirm_after_s)
+    options = WriterOptions(
+        batch_size=settings.batch_size, flush_ms=settings.flush_ms, confirm_after_s=settings.confirm_after_s
+    )
     writers = Writers(streams.routing, lambda model: streams.outcomes(model, consumer), frames, options)
     writing = asyncio.create_task(writers.run(stop))
     await handle.start()

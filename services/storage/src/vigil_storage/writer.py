@@ -40,6 +40,7 @@ class WriterOptions:
 
     Attributes:
         batch_size: Records per write, at most 64.
+        lanes: Writes in flight at once, over different entries.
         flush_ms: How long a batch that is not full waits for more.
         confirm_after_s: How long after a write it is looked for: longer than the server's compaction interval.
         max_unconfirmed: Frames written and not confirmed, at which reading pauses.
@@ -47,6 +48,7 @@ class WriterOptions:
     """
 
     batch_size: int = 32
+    lanes: int = 4
     flush_ms: int = 50
     confirm_after_s: float = 2.5
     max_unconfirmed: int = 16_384
@@ -141,7 +143,7 @@ class FrameWriter:
 
     async def _collect(self) -> list[QueuedOutcome]:
         """The next batch; empty where nothing came for a while."""
-        count = self._options.batch_size
+        count = self._options.batch_size * self._options.lanes
         if len(self._unconfirmed) >= self._options.max_unconfirmed:
             await asyncio.sleep(SETTLE_EVERY_S)
             return []
@@ -165,6 +167,19 @@ class FrameWriter:
                 todo.append((outcome, convert.record_of(self._model, outcome)))
             except InvalidInput as error:
                 await self._drop(outcome, error)
+        # One entry is in one lane: the store takes one batch at a time for it.
+        lanes: dict[int, list[tuple[QueuedOutcome, Record]]] = defaultdict(list)
+        lane_of: dict[str, int] = {}
+        for outcome, record in todo:
+            lanes[lane_of.setdefault(record.entry, len(lane_of) % self._options.lanes)].append((outcome, record))
+        await asyncio.gather(*(self._write_lane(lane, stop) for lane in lanes.values()))
+
+    async def _write_lane(self, records: Sequence[tuple[QueuedOutcome, Record]], stop: asyncio.Event) -> None:
+        size = self._options.batch_size
+        for start in range(0, len(records), size):
+            await self._write_batch(records[start : start + size], stop)
+
+    async def _write_batch(self, todo: Sequence[tuple[QueuedOutcome, Record]], stop: asyncio.Event) -> None:
         pause_s = BACKOFF_S[0]
         with metrics.WRITE_SECONDS.labels(self._model).time():
             while todo:
@@ -212,10 +227,15 @@ class FrameWriter:
 
     async def _settle(self) -> None:
         """Confirm and free, over and over."""
+        # Each look costs a query per entry, so several at once are cheaper than each for itself.
+        confirm_every_s = self._options.confirm_after_s / 3
+        confirmed_at = self._clock()
         while True:
             await asyncio.sleep(SETTLE_EVERY_S)
             try:
-                await self._confirm()
+                if self._clock() - confirmed_at >= confirm_every_s:
+                    confirmed_at = self._clock()
+                    await self._confirm()
                 await self._source.trim()
             except Unavailable as error:
                 self._log.warning("confirmation_waits", reason=error.reason, message=error.message)
