@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from vigil_client import StorageClient, StoredFrame
 
 from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
@@ -52,7 +52,9 @@ def query(
         for frame in frames:
             typer.echo(json.dumps(_plain(frame)))
         return
-    table = Table("frame", "camera", "captured", "score", "label", "version")
+    table = Table(
+        Column("frame", min_width=36), "camera", Column("captured", overflow="fold"), "score", "label", "version"
+    )
     for frame in frames:
         found = frame.verdict
         said = ("-", frame.failure_reason, "-")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from vigil_client import Model, StorageClient
 from vigil_common.streams.ports import Route
 from vigil_common.streams.redis import RedisStreams
@@ -67,7 +67,7 @@ def list_(
         async with StorageClient(storage_address, token=token) as storage:
             return await storage.models_list(name)
 
-    table = Table("model", "version", "formats", "bytes", "published", "digest")
+    table = Table("model", "version", "formats", "bytes", "published", Column("digest", overflow="fold"))
     for model in run(work()):
         published = model.published_at.isoformat(timespec="seconds")
         formats = ", ".join(model.formats)
