@@ -1,1 +1,6 @@
 """Vigil trainer: fits PaDiM on fixed image features without torch, and writes an ONNX bundle."""
+
+from vigil_trainer.importer import import_export
+from vigil_trainer.train import TrainResult, train
+
+__all__ = ["TrainResult", "import_export", "train"]

@@ -1,0 +1,174 @@
+"""Training: images in, a bundle out."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, pack
+from vigil_common.errors import InvalidInput
+from vigil_common.images import open_header
+
+from vigil_trainer import padim
+from vigil_trainer.features import INPUT, FeatureExtractor, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+Progress = Callable[[int, int], None]
+
+FEWEST_IMAGES = 4
+MAX_IMAGE_BYTES = 1 << 28
+MAX_PIXELS = 50_000_000
+MODEL_PATH = "onnx/model.onnx"
+_FOLDS = 4
+_NORMAL_QUANTILE = 0.95
+# Without abnormal images: how far these go above normal ones is unknown, and a score must not stop at 1 too early.
+_HEADROOM = 1.0
+_LEAST_RANGE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What training gives.
+
+    Attributes:
+        bundle: Ready to publish.
+        auroc: Of abnormal images against held-out normal ones; None without abnormal ones.
+        threshold: The raw score that becomes 0.5.
+        fit_s: Seconds from the first image read to the graph written.
+    """
+
+    bundle: bytes
+    auroc: float | None
+    threshold: float
+    fit_s: float
+
+
+def train(
+    normal: Sequence[Path | bytes],
+    abnormal: Sequence[Path | bytes] = (),
+    *,
+    name: str,
+    progress: Progress | None = None,
+    parity: int = 4,
+) -> TrainResult:
+    """Fit PaDiM to normal images.
+
+    Args:
+        normal: Images without anomalies, as files or encoded; at least 4.
+        abnormal: Anomalous ones; only the threshold and the score's range are taken from them.
+        name: The model's name.
+        progress: Called with the number of images read so far, and of all.
+        parity: How many images go into the bundle with their scores.
+
+    Raises:
+        InvalidInput: TOO_FEW_IMAGES, or as `vigil_common.images.open_header`.
+    """
+    if len(normal) < FEWEST_IMAGES:
+        raise InvalidInput("TOO_FEW_IMAGES", f"training needs {FEWEST_IMAGES} normal images, there are {len(normal)}")
+    began = time.perf_counter()
+    extract = FeatureExtractor()
+    total = len(normal) + len(abnormal)
+    features = []
+    for done, image in enumerate([*normal, *abnormal], start=1):
+        features.append(extract(_tensor(_pixels(image)))[0])
+        if progress:
+            progress(done, total)
+    good, bad = np.stack(features[: len(normal)]), features[len(normal) :]
+    gaussians = padim.fit(good)
+    held_out = _held_out_scores(good)
+    found = gaussians.raw_scores(np.stack(bad)) if bad else None
+    scale = _scale(held_out, found)
+    graph = padim.write_graph(gaussians, scale)
+    fit_s = time.perf_counter() - began
+    area = None if found is None else auroc(held_out, found)
+    bundle = _bundle(name, graph, _samples(normal, abnormal, parity), {"images": len(normal), "auroc": area})
+    return TrainResult(bundle, area, scale.threshold, fit_s)
+
+
+def auroc(normal: NDArray[np.float32], abnormal: NDArray[np.float32]) -> float:
+    """The share of pairs in which the abnormal image scores higher; ties count half."""
+    difference = abnormal[:, None] - normal[None]
+    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+
+
+def _held_out_scores(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each image's raw score by Gaussians that were fitted without it."""
+    scores = np.empty(len(features), dtype=np.float32)
+    fold = np.arange(len(features)) % _FOLDS
+    for number in range(_FOLDS):
+        held = fold == number
+        scores[held] = padim.fit(features[~held]).raw_scores(features[held])
+    return scores
+
+
+def _scale(normal: NDArray[np.float32], abnormal: NDArray[np.float32] | None) -> padim.Scale:
+    """The threshold of the best F1 where abnormal images are known, else a quantile of the normal ones."""
+    low, high = float(normal.min()), float(normal.max())
+    if abnormal is None:
+        threshold = float(np.quantile(normal, _NORMAL_QUANTILE))
+        high += _HEADROOM * (high - low)
+    else:
+        candidates = np.unique(np.concatenate([normal, abnormal]))
+        hits = (abnormal[None] >= candidates[:, None]).sum(axis=1)
+        alarms = hits + (normal[None] >= candidates[:, None]).sum(axis=1)
+        threshold = float(candidates[np.argmax(2 * hits / (alarms + len(abnormal)))])
+        high = max(high, float(abnormal.max()))
+    # 0.5 is the middle: the range has to reach as far on either side.
+    reach = max(high - threshold, threshold - low, _LEAST_RANGE)
+    return padim.Scale(threshold, threshold - reach, threshold + reach)
+
+
+def _samples(normal: Sequence[Path | bytes], abnormal: Sequence[Path | bytes], count: int) -> list[NDArray[np.uint8]]:
+    """Images of both kinds where there are both."""
+    bad = abnormal[: count // 2]
+    return [_pixels(image) for image in (*normal[: count - len(bad)], *bad)]
+
+
+def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], metrics: dict[str, float | None]) -> bytes:
+    session = open_session(graph)
+    files = {MODEL_PATH: graph}
+    parity = []
+    for index, pixels in enumerate(samples):
+        path = f"parity/{index}.png"
+        encoded = io.BytesIO()
+        Image.fromarray(pixels).save(encoded, "PNG")
+        files[path] = encoded.getvalue()
+        score = session.run([padim.SCORE], {INPUT: _tensor(pixels)})[0][0]
+        parity.append(ParitySample(image=path, score=float(score)))
+    manifest = Manifest(
+        name=name,
+        artefacts={"onnxruntime": Artefact(path=MODEL_PATH, files=(MODEL_PATH,))},
+        input=ModelInput(name=INPUT),
+        outputs=ModelOutputs(score=padim.SCORE, label=padim.LABEL, map=padim.MAP, mask=padim.MASK),
+        parity=tuple(parity),
+        lineage={
+            "trainer": "vigil-trainer",
+            "algorithm": "padim",
+            **{key: value for key, value in metrics.items() if value is not None},
+        },
+    )
+    return pack(manifest, files)
+
+
+def _pixels(image: Path | bytes) -> NDArray[np.uint8]:
+    """Height x width x 3; sixteen bits are scaled to eight, and EXIF rotation is applied."""
+    data = image if isinstance(image, bytes) else image.read_bytes()
+    picture = ImageOps.exif_transpose(open_header(data, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_PIXELS))
+    if picture.mode.startswith(("I", "F")):
+        grey = np.clip(np.rint(np.asarray(picture, dtype=np.float64) / 257), 0, 255).astype(np.uint8)
+        picture = Image.fromarray(grey)
+    return np.asarray(picture.convert("RGB"))
+
+
+def _tensor(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None] / np.float32(255), dtype=np.float32)
