@@ -1,6 +1,6 @@
 """Fixed image features as ONNX nodes, so that training and serving compute the very same numbers.
 
-No weights are learned: dark and bright lines in eight directions at two scales, relative to the image's own brightness
+No weights are learned: dark and bright lines in six directions at two scales, relative to the image's own brightness
 and texture, and brightness and colour, all pooled to a grid of 32 x 32 positions.
 """
 
@@ -21,7 +21,7 @@ GRID = 32
 INPUT = "input"
 OPSET, IR_VERSION = 18, 9
 SCALES = 2
-ORIENTATIONS = 8
+ORIENTATIONS = 6
 LINE_WIDTH, LINE_LENGTH, KERNEL = 1.2, 3.5, 11
 _EPSILON = 1e-3
 _DARKEST = 0.05
@@ -102,12 +102,12 @@ def add_features(graph: Graph) -> str:
         border = KERNEL // 2
         pads = graph.constant(np.array([0, 0, border, border, 0, 0, border, border]))
         lines = graph.add("Conv", graph.add("Pad", level, pads, mode="reflect"), kernels, kernel_shape=[KERNEL, KERNEL])
-        strength = graph.reduce("ReduceMean", graph.add("Abs", lines), 1)
+        strength = graph.reduce("ReduceL1", lines, 1)
         # A noisy picture answers every filter: what counts is how far a line stands out of its own picture.
         usual = graph.add("Add", graph.reduce("ReduceMean", strength, 2, 3), graph.scalar(_EPSILON))
-        brightest = graph.reduce("ReduceMax", graph.add("Neg", lines), 1)
+        brightest = graph.add("Neg", graph.reduce("ReduceMin", lines, 1))
         features += [
-            graph.add("Div", graph.pool("MaxPool", graph.add("Relu", lines), cell), usual),
+            graph.add("Div", graph.add("Relu", graph.pool("MaxPool", lines, cell)), usual),
             graph.add("Div", graph.pool("MaxPool", brightest, cell), usual),
             graph.add("Div", graph.pool("AveragePool", strength, cell), usual),
         ]
@@ -144,5 +144,7 @@ class FeatureExtractor:
 
 
 def open_session(model: bytes) -> Any:
-    """An onnxruntime session on the CPU."""
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    """An onnxruntime session of one thread on the CPU; several threads may run it at once."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

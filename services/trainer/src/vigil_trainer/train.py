@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,18 +81,19 @@ def train(
     extract = FeatureExtractor()
     total = len(normal) + len(abnormal)
     features = []
-    for done, image in enumerate([*normal, *abnormal], start=1):
-        features.append(extract(_tensor(_pixels(image)))[0])
-        if progress:
-            progress(done, total)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(lambda image: extract(_tensor(_pixels(image)))[0], [*normal, *abnormal]):
+            features.append(found)
+            if progress:
+                progress(len(features), total)
     good, bad = np.stack(features[: len(normal)]), features[len(normal) :]
     gaussians = padim.fit(good)
     held_out = _held_out_scores(good)
-    found = gaussians.raw_scores(np.stack(bad)) if bad else None
-    scale = _scale(held_out, found)
+    anomalous = gaussians.raw_scores(np.stack(bad)) if bad else None
+    scale = _scale(held_out, anomalous)
     graph = padim.write_graph(gaussians, scale)
     fit_s = time.perf_counter() - began
-    area = None if found is None else auroc(held_out, found)
+    area = None if anomalous is None else auroc(held_out, anomalous)
     bundle = _bundle(name, graph, _samples(normal, abnormal, parity), {"images": len(normal), "auroc": area})
     return TrainResult(bundle, area, scale.threshold, fit_s)
 
@@ -171,4 +174,6 @@ def _pixels(image: Path | bytes) -> NDArray[np.uint8]:
 
 
 def _tensor(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None] / np.float32(255), dtype=np.float32)
+    tensor = np.empty((1, 3, *pixels.shape[:2]), dtype=np.float32)
+    np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=tensor[0], dtype=np.float32)
+    return tensor
