@@ -174,6 +174,9 @@ def _members(bundle: bytes) -> dict[str, bytes]:
                     raise InvalidBundle("BUNDLE_CORRUPT", f"{member.name} ends early; fetch the bundle again")
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise InvalidBundle("BUNDLE_CORRUPT", f"the bundle is no readable tar ({error}); fetch it again") from error
+    for name in files:
+        if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in files), None):
+            raise InvalidBundle("BUNDLE_CORRUPT", f"{both!r} is a file and the folder of {name!r}")
     return files
 
 
@@ -181,8 +184,9 @@ def _check_member(member: tarfile.TarInfo, files: Mapping[str, bytes]) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} points outside the bundle")
-    if not member.isreg():
-        raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} is no regular file; links and devices are refused")
+    # A sparse file of a few bytes unfolds to any size.
+    if member.type not in {tarfile.REGTYPE, tarfile.AREGTYPE} or member.issparse():
+        raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} is no plain file; links and devices are refused")
     if str(path) != member.name or member.name in files:
         raise InvalidBundle("BUNDLE_CORRUPT", f"{member.name!r} stands twice or is not written plainly")
     if len(files) >= MAX_FILES:
