@@ -1,6 +1,6 @@
 """Fixed image features as ONNX nodes, so that training and serving compute the very same numbers.
 
-No weights are learned: dark and bright lines in six directions at two scales, relative to the image's own brightness
+No weights are learned: dark and bright lines in six directions at three scales, relative to the image's own brightness
 and texture, and brightness and colour, all pooled to a grid of 32 x 32 positions.
 """
 
@@ -16,11 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SIZE = 256
+SIZE = 128
 GRID = 32
 INPUT = "input"
 OPSET, IR_VERSION = 18, 9
-SCALES = 2
+SCALES = 3
 ORIENTATIONS = 6
 LINE_WIDTH, LINE_LENGTH, KERNEL = 1.2, 3.5, 11
 _EPSILON = 1e-3

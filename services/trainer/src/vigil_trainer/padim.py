@@ -1,7 +1,7 @@
 """PaDiM: one Gaussian per position (Defard et al. 2021, "PaDiM: a Patch Distribution Modeling Framework").
 
 The distance of a position is its Mahalanobis distance over the root of the number of channels; an image's raw score is
-the logarithm of the mean of its ten largest ones.
+the logarithm of the mean of its twenty largest ones.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
-from vigil_trainer.features import GRID, SIZE, Graph, add_features
+from vigil_trainer.features import GRID, Graph, add_features
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOP = 10
+TOP = 20
+MAP_SIZE = 256
 SCORE, LABEL, MAP, MASK = "pred_score", "pred_label", "anomaly_map", "pred_mask"
 # The ridge is 1 % of the mean variance at 350 images, and more where fewer images say less about the covariances.
 _RIDGE_IMAGES = 3.5
@@ -82,9 +83,9 @@ def write_graph(gaussians: Gaussians, scale: Scale) -> bytes:
     top = graph.largest(distances, TOP)
     _add_scaled(graph, graph.reduce("ReduceMean", top, 1, keepdims=0), scale, SCORE, LABEL)
     grid = graph.add("Reshape", distances, graph.constant(np.array([0, 1, GRID, GRID])))
-    sizes = graph.constant(np.array([SIZE, SIZE]))
+    sizes = graph.constant(np.array([MAP_SIZE, MAP_SIZE]))
     _add_scaled(graph, graph.add("Resize", grid, "", "", sizes, mode="linear", axes=[2, 3]), scale, MAP, MASK)
-    picture: list[str | int] = ["batch", 1, SIZE, SIZE]
+    picture: list[str | int] = ["batch", 1, MAP_SIZE, MAP_SIZE]
     return graph.serialize(
         {
             SCORE: (TensorProto.FLOAT, ["batch"]),
