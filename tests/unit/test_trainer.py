@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from vigil_common.bundle import Bundle, open_bundle
+from vigil_common.errors import InvalidBundle, InvalidInput
+from vigil_trainer import TrainResult, import_export, train
+
+from tests.support.cells import load_cells
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+OUTPUTS = ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+
+
+@lru_cache(maxsize=1)
+def trained() -> TrainResult:
+    return train(load_cells().train, name="cells")
+
+
+def tensor(image: bytes) -> NDArray[np.float32]:
+    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"), dtype=np.float32)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None] / np.float32(255))
+
+
+def session(bundle: Bundle) -> Any:
+    return onnxruntime.InferenceSession(
+        bundle.files[bundle.manifest.artefacts["onnxruntime"].path], providers=["CPUExecutionProvider"]
+    )
+
+
+def scores(model: Any, images: list[bytes]) -> NDArray[np.float32]:
+    return np.array([model.run(["pred_score"], {"input": tensor(image)})[0][0] for image in images])
+
+
+def test_cells_are_told_apart_and_fitting_is_quick() -> None:
+    model = session(open_bundle(trained().bundle))
+    cells = load_cells()
+    normal, defective = scores(model, cells.normal), scores(model, cells.defective)
+    difference = defective[:, None] - normal[None]
+    assert (difference > 0).mean() + (difference == 0).mean() / 2 >= 0.92
+    assert (normal >= 0.5).mean() <= 0.1
+    assert trained().fit_s <= 10
+    assert trained().auroc is None
+
+
+def test_the_graph_keeps_the_contract_of_anomalib_for_any_size_and_batch() -> None:
+    model = session(open_bundle(trained().bundle))
+    batch = np.random.default_rng(0).random((3, 3, 90, 170), dtype=np.float32)
+    score, label, picture, mask = model.run(list(OUTPUTS), {"input": batch})
+    assert (score.shape, score.dtype, label.shape, label.dtype) == ((3,), np.float32, (3,), np.bool_)
+    assert (picture.shape, picture.dtype) == ((3, 1, 256, 256), np.float32)
+    assert (mask.shape, mask.dtype) == ((3, 1, 256, 256), np.bool_)
+    assert score.min() >= 0
+    assert score.max() <= 1
+    assert (label == (score >= 0.5)).all()
+    assert (mask == (picture >= 0.5)).all()
+    alone = [model.run(["pred_score"], {"input": batch[i : i + 1]})[0][0] for i in range(3)]
+    assert score == pytest.approx(alone, abs=1e-5)
+
+
+def test_parity_samples_score_as_the_bundle_says() -> None:
+    bundle = open_bundle(trained().bundle)
+    assert len(bundle.manifest.parity) == 4
+    found = scores(session(bundle), [bundle.files[sample.image] for sample in bundle.manifest.parity])
+    assert found == pytest.approx([sample.score for sample in bundle.manifest.parity], abs=1e-5)
+
+
+def test_the_same_images_give_the_same_bundle() -> None:
+    images = load_cells().train[:12]
+    assert train(images, name="cells").bundle == train(images, name="cells").bundle
+
+
+def test_abnormal_images_set_the_threshold_and_are_measured() -> None:
+    cells = load_cells()
+    seen: list[tuple[int, int]] = []
+    result = train(cells.train[:60], cells.defective[:20], name="cells", progress=lambda *at: seen.append(at), parity=2)
+    assert result.auroc is not None
+    assert result.auroc > 0.8
+    assert seen == [(done, 80) for done in range(1, 81)]
+    bundle = open_bundle(result.bundle)
+    assert len(bundle.manifest.parity) == 2
+    found = scores(session(bundle), cells.defective[:20])
+    assert (found >= 0.5).mean() > 0.5
+
+
+def test_files_and_colour_and_deep_grey_are_read(tmp_path: Path) -> None:
+    paths = []
+    for index in range(4):
+        path = tmp_path / f"{index}.png"
+        noise = np.random.default_rng(index).integers(0, 65536, (40, 50))
+        if index % 2:
+            Image.fromarray(noise.astype(np.uint16)).save(path)
+        else:
+            Image.fromarray((noise[..., None] // 257).astype(np.uint8).repeat(3, axis=2)).save(path)
+        paths.append(path)
+    assert open_bundle(train(paths, name="noise").bundle).manifest.name == "noise"
+
+
+def test_too_few_images_are_refused() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        train(load_cells().train[:3], name="cells")
+    assert caught.value.reason == "TOO_FEW_IMAGES"
+
+
+def export(
+    path: Path, *, batch: int | str = "batch", outputs: tuple[str, ...] = OUTPUTS[:2], external: bool = False
+) -> Path:
+    """A graph whose score is the mean of the image, with the names that Anomalib gives."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nodes = [
+        helper.make_node("Conv", ["input", "third"], ["grey"]),
+        helper.make_node("GlobalAveragePool", ["grey"], ["mean"]),
+        helper.make_node("Flatten", ["mean"], [outputs[0]]),
+    ]
+    infos = [helper.make_tensor_value_info(outputs[0], TensorProto.FLOAT, [batch, 1])]
+    if len(outputs) > 1:
+        nodes.append(helper.make_node("GreaterOrEqual", [outputs[0], "half"], [outputs[1]]))
+        infos.append(helper.make_tensor_value_info(outputs[1], TensorProto.BOOL, [batch, 1]))
+    constants = {"third": np.full((1, 3, 1, 1), 1 / 3, np.float32), "half": np.float32(0.5)}
+    image = helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch, 3, "height", "width"])
+    graph = helper.make_graph(
+        nodes, "export", [image], infos, [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    where = f"{path.name}.data" if external else None
+    onnx.save_model(model, str(path), save_as_external_data=external, location=where, size_threshold=0)
+    return path
+
+
+def picture(folder: Path, level: int) -> Path:
+    path = folder / f"{level}.png"
+    Image.new("L", (20, 10), level).save(path)
+    return path
+
+
+def test_an_export_is_described_by_its_graph_and_scored(tmp_path: Path) -> None:
+    path = export(tmp_path / "elpv" / "onnx" / "model.onnx", batch=2, external=True)
+    images = [picture(tmp_path, 51), picture(tmp_path, 204)]
+    bundle = open_bundle(import_export(path.parents[1], name="cells", parity_images=images))
+    manifest = bundle.manifest
+    assert manifest.fixed_batch == 2
+    assert (manifest.input.name, manifest.input.width, manifest.input.height) == ("input", None, None)
+    assert (manifest.outputs.score, manifest.outputs.label) == ("pred_score", "pred_label")
+    assert (manifest.outputs.map, manifest.outputs.mask) == (None, None)
+    assert manifest.artefacts["onnxruntime"].files == ("onnx/model.onnx", "onnx/model.onnx.data")
+    assert [sample.score for sample in manifest.parity] == pytest.approx([0.2, 0.8], abs=1e-5)
+
+
+def test_a_single_file_with_any_batch_is_taken(tmp_path: Path) -> None:
+    path = export(tmp_path / "model.onnx", outputs=("pred_score",))
+    manifest = open_bundle(import_export(path, name="cells", parity_images=[])).manifest
+    assert manifest.fixed_batch is None
+    assert manifest.outputs.label is None
+    assert list(manifest.artefacts) == ["onnxruntime"]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InvalidBundle) as caught:
+        import_export(path, name="cells", parity_images=[])
+    return caught.value.reason
+
+
+def test_an_export_without_a_score_is_refused(tmp_path: Path) -> None:
+    assert refusal(export(tmp_path / "model.onnx", outputs=("output",))) == "BUNDLE_OUTPUT_MISSING"
+
+
+def test_an_export_without_its_weights_is_refused(tmp_path: Path) -> None:
+    path = export(tmp_path / "model.onnx", external=True)
+    path.with_name("model.onnx.data").unlink()
+    assert refusal(path) == "BUNDLE_FILE_MISSING"
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == "EXPORT_NOT_FOUND"
+    broken = tmp_path / "model.onnx"
+    broken.write_bytes(b"no model")
+    assert refusal(broken) == "EXPORT_UNREADABLE"
