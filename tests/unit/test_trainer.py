@@ -10,8 +10,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from vigil_common.bundle import Bundle, open_bundle
+from vigil_common.bundle import Bundle, open_bundle, pack
 from vigil_common.errors import InvalidBundle, InvalidInput
+from vigil_inference.model import LoadedModel
 from vigil_trainer import TrainResult, import_export, train
 
 from tests.support.cells import load_cells
@@ -156,6 +157,27 @@ def test_an_export_is_described_by_its_graph_and_scored(tmp_path: Path) -> None:
     assert (manifest.outputs.map, manifest.outputs.mask) == (None, None)
     assert manifest.artefacts["onnxruntime"].files == ("onnx/model.onnx", "onnx/model.onnx.data")
     assert [sample.score for sample in manifest.parity] == pytest.approx([0.2, 0.8], abs=1e-5)
+
+
+def test_parity_images_are_read_as_the_service_reads_them(tmp_path: Path) -> None:
+    path = export(tmp_path / "model.onnx")
+    deep, turned = tmp_path / "deep.png", tmp_path / "turned.jpg"
+    Image.fromarray(np.full((10, 20), 26214, np.uint16)).save(deep)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").resize((20, 10)).save(turned, exif=exif)
+    bundle = open_bundle(import_export(path, name="cells", parity_images=[deep, turned]))
+    samples = bundle.manifest.parity
+    assert samples[0].score == pytest.approx(0.4, abs=1e-5)
+    model = LoadedModel(pack(bundle.manifest, bundle.files), tmp_path / "loaded", engine="onnxruntime")
+    assert all(sample.passed for sample in model.parity)
+
+
+def test_a_cut_training_image_is_named_as_such() -> None:
+    images = load_cells().train[:4]
+    with pytest.raises(InvalidInput) as caught:
+        train([*images, images[0][:5000]], name="cells")
+    assert caught.value.reason == "IMAGE_TRUNCATED"
 
 
 def test_a_single_file_with_any_batch_is_taken(tmp_path: Path) -> None:

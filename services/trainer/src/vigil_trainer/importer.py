@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,8 @@ import onnx
 from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, Runtime, pack
 from vigil_common.errors import InvalidBundle
+
+from vigil_trainer.images import decode, to_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -148,11 +149,11 @@ def _describe_openvino(path: Path) -> tuple[ModelInput, ModelOutputs, int | None
 
 def _score(manifest: Manifest, files: dict[str, bytes], image: bytes) -> float:
     """The score as the runtime gives it now."""
-    pixels = Image.open(io.BytesIO(image)).convert("RGB")
+    pixels = decode(image)
     if manifest.input.width and manifest.input.height:
-        pixels = pixels.resize((manifest.input.width, manifest.input.height), Image.Resampling.BILINEAR)
-    tensor = np.asarray(pixels, dtype=np.float32).transpose(2, 0, 1)[None] / np.float32(255)
-    tensor = np.repeat(tensor, manifest.fixed_batch or 1, axis=0)
+        size = (manifest.input.width, manifest.input.height)
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    tensor = np.repeat(to_tensor(pixels), manifest.fixed_batch or 1, axis=0)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             target = Path(folder) / name

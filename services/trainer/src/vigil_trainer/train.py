@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, pack
 from vigil_common.errors import InvalidInput
-from vigil_common.images import open_header
 
 from vigil_trainer import padim
 from vigil_trainer.features import INPUT, FeatureExtractor, open_session
+from vigil_trainer.images import decode, to_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 FEWEST_IMAGES = 4
-MAX_IMAGE_BYTES = 1 << 28
-MAX_PIXELS = 50_000_000
 MODEL_PATH = "onnx/model.onnx"
 _FOLDS = 4
 _NORMAL_QUANTILE = 0.95
@@ -73,7 +71,7 @@ def train(
         parity: How many images go into the bundle with their scores.
 
     Raises:
-        InvalidInput: TOO_FEW_IMAGES, or as `vigil_common.images.open_header`.
+        InvalidInput: TOO_FEW_IMAGES, or as `vigil_trainer.images.decode`.
     """
     if len(normal) < FEWEST_IMAGES:
         raise InvalidInput("TOO_FEW_IMAGES", f"training needs {FEWEST_IMAGES} normal images, there are {len(normal)}")
@@ -82,7 +80,7 @@ def train(
     total = len(normal) + len(abnormal)
     features = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda image: extract(_tensor(_pixels(image)))[0], [*normal, *abnormal]):
+        for found in pool.map(lambda image: extract(to_tensor(_pixels(image)))[0], [*normal, *abnormal]):
             features.append(found)
             if progress:
                 progress(len(features), total)
@@ -146,7 +144,7 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], metrics: 
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "PNG")
         files[path] = encoded.getvalue()
-        score = session.run([padim.SCORE], {INPUT: _tensor(pixels)})[0][0]
+        score = session.run([padim.SCORE], {INPUT: to_tensor(pixels)})[0][0]
         parity.append(ParitySample(image=path, score=float(score)))
     manifest = Manifest(
         name=name,
@@ -164,16 +162,4 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], metrics: 
 
 
 def _pixels(image: Path | bytes) -> NDArray[np.uint8]:
-    """Height x width x 3; sixteen bits are scaled to eight, and EXIF rotation is applied."""
-    data = image if isinstance(image, bytes) else image.read_bytes()
-    picture = ImageOps.exif_transpose(open_header(data, max_bytes=MAX_IMAGE_BYTES, max_pixels=MAX_PIXELS))
-    if picture.mode.startswith(("I", "F")):
-        grey = np.clip(np.rint(np.asarray(picture, dtype=np.float64) / 257), 0, 255).astype(np.uint8)
-        picture = Image.fromarray(grey)
-    return np.asarray(picture.convert("RGB"))
-
-
-def _tensor(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    tensor = np.empty((1, 3, *pixels.shape[:2]), dtype=np.float32)
-    np.divide(pixels.transpose(2, 0, 1), np.float32(255), out=tensor[0], dtype=np.float32)
-    return tensor
+    return decode(image if isinstance(image, bytes) else image.read_bytes())
