@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from vigil_client import Frame, VigilClient, Visualization, WaitFor
@@ -16,6 +18,9 @@ from vigil_trainer import import_export
 
 from tests.support.cells import load_cells
 from tests.support.platform import MODEL, platform
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 EXPORTS = Path(os.environ.get("VIGIL_TEST_MODELS", "models"))
 TRITON = Path(__file__).parent / "triton_client.py"
@@ -155,33 +160,39 @@ async def test_killed_ten_times_in_mid_stream_every_accepted_frame_is_stored_onc
         if part == "reductstore" and not vigil.stack.store_url.startswith("http"):
             pytest.skip("the embedded store is no process")
         name = vigil.worker if part == "worker" else part
-        killing = asyncio.Event()
+        ended = asyncio.Event()
+        accepted: list[str] = []
+        errors: list[Result] = []
 
-        async def frames() -> object:  # type: ignore[misc]
+        async def frames() -> AsyncIterator[Frame]:
             index = 0
-            while not killing.is_set():
+            while not ended.is_set():
                 yield Frame(images[index % 300], MODEL, camera=f"c{index % 4}")
                 index += 1
                 await asyncio.sleep(0.02)
 
         async def kill() -> None:
             for _ in range(10):
-                await asyncio.sleep(0.7)
+                # Each kill falls into a stream that flows.
+                goal, deadline = len(accepted) + 15, time.monotonic() + 30
+                while len(accepted) < goal and time.monotonic() < deadline:
+                    await asyncio.sleep(0.01)
                 vigil.stack.kill(name)
                 await vigil.stack.start(name)
-            await asyncio.sleep(0.5)
-            killing.set()
+            ended.set()
 
         killer = asyncio.create_task(kill())
-        accepted, errors = [], []
         async with VigilClient(vigil.stack.ingest_address, max_retry_s=60) as client:
-            async for result in client.stream(frames(), wait_for=WaitFor.ACCEPTED):  # type: ignore[arg-type]
-                (accepted if result.error is None else errors).append(result)
+            async for result in client.stream(frames(), wait_for=WaitFor.ACCEPTED):
+                if result.error is None:
+                    accepted.append(result.frame_id)
+                else:
+                    errors.append(result)
         await killer
         await vigil.settled(120)
         stored = await vigil.stored()
-        missing = {result.frame_id for result in accepted} - stored.keys()
+        missing = set(accepted) - stored.keys()
         assert not errors
         assert not missing, vigil.logs()
         assert set(stored.values()) == {1}
-        assert len(accepted) > 100
+        assert len(accepted) >= 150
