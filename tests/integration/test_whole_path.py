@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from vigil_client import Frame, VigilClient, Visualization, WaitFor
-from vigil_common.bundle import digest, open_bundle
+from vigil_client import Frame, Result, VigilClient, Visualization, WaitFor
+from vigil_common.bundle import Runtime, digest, open_bundle
 from vigil_trainer import import_export
 
 from tests.support.cells import load_cells
@@ -86,7 +86,7 @@ async def test_a_stranger_infers_with_the_open_inference_protocol(tmp_path: Path
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("export", ["elpv-stfpm", "elpv-patchcore"])
 async def test_real_exports_judge_through_the_whole_path_as_their_runtime_does(
-    tmp_path: Path, export: str, engine: str
+    tmp_path: Path, export: str, engine: Runtime
 ) -> None:
     images = load_cells().test_images[:12]
     bundle = import_export(EXPORTS / export, name=MODEL, parity_images=[])
@@ -102,7 +102,7 @@ async def test_real_exports_judge_through_the_whole_path_as_their_runtime_does(
         assert verdict.score == pytest.approx(score, abs=1e-4)
 
 
-def direct_scores(bundle: bytes, engine: str, images: list[bytes]) -> list[float]:
+def direct_scores(bundle: bytes, engine: Runtime, images: list[bytes]) -> list[float]:
     """The same runtime on the same files, without any of our code between."""
     import io  # noqa: PLC0415
 

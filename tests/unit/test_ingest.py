@@ -6,7 +6,7 @@ import asyncio
 import io
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
@@ -40,7 +40,7 @@ def picture(size: tuple[int, int] = (10, 10), **options: Any) -> bytes:
 
 
 def a_submission(**changes: Any) -> Submission:
-    fields = {
+    fields: dict[str, Any] = {
         "frame_id": "frame-1",
         "model": MODEL,
         "model_version": None,
@@ -231,6 +231,6 @@ async def test_submit_puts_the_reason_into_the_status(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await served.stub.Submit(ingest_pb2.SubmitRequest(frame=request("f", b"junk").frame))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(cast("grpc.Call", caught.value))
     assert status is not None
     assert reason_of(status) == "IMAGE_UNREADABLE"

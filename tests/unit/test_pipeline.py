@@ -234,7 +234,7 @@ async def test_the_next_images_are_decoded_while_the_model_runs_but_only_so_many
     monkeypatch.setattr("vigil_inference.pipeline.to_tensor", counted)
     calls = asyncio.ensure_future(judge_all(pipeline, [png(1)] * 12))
     await until(lambda: len(model.began) == 1 and len(decoded) >= model.began[0] + 3)
-    # In the run, and batch_size + decoders ahead of it.
+    # In the run, and batch_size + decoders ahead of it. That no more come shows only by waiting a moment.
     await asyncio.sleep(0.05)
     assert len(decoded) == model.began[0] + 3
     model.let.release(100)

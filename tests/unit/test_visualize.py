@@ -23,7 +23,8 @@ MAP = np.where(MASK, 0.9, 0.1).astype(np.float32)
 
 
 def is_outline(picture: Pixels) -> NDArray[np.bool_]:
-    return np.all(picture == visualize.OUTLINE, axis=2)
+    found: NDArray[np.bool_] = np.all(picture == visualize.OUTLINE, axis=2)
+    return found
 
 
 def test_the_outline_runs_inside_the_scaled_mask_and_leaves_the_rest_alone() -> None:

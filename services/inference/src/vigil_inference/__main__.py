@@ -10,5 +10,5 @@ from vigil_inference.bootstrap import serve
 from vigil_inference.config import Settings
 
 if __name__ == "__main__":
-    settings = Settings()
+    settings = Settings()  # type: ignore[call-arg]  # the environment gives them
     run("inference", partial(serve, settings), log_level=settings.log_level, metrics_port=settings.metrics_port)

@@ -101,7 +101,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             precision=settings.precision,
         )
         del bundle
-        pipeline = Pipeline(model, settings.max_image_pixels, settings.batch_size, settings.decoders)
+        # A frozen batch costs the same however full it is.
+        batch_size = model.manifest.fixed_batch or settings.batch_size
+        pipeline = Pipeline(model, settings.max_image_pixels, batch_size, settings.decoders)
         pipeline.start()
         streams = await RedisStreams.connect(settings.redis_url)
         consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -111,7 +113,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             pipeline,
             version=version,
             default_threshold=model.manifest.threshold,
-            prefetch=2 * (model.manifest.fixed_batch or settings.batch_size) + 2,
+            prefetch=2 * batch_size + 2,
             claim_idle_ms=settings.claim_idle_ms,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(

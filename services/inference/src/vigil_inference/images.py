@@ -37,19 +37,24 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
         InvalidInput: As `vigil_common.images.open_header`, or IMAGE_TRUNCATED.
     """
     image = open_header(data, max_bytes=MAX_BYTES, max_pixels=max_pixels)
+    if image.mode == "F":
+        raise InvalidInput(
+            "IMAGE_FORMAT_UNSUPPORTED", "floating-point pixels have no defined brightness; send 8 or 16 bits"
+        )
     try:
         image.load()
         if image.getexif().get(ORIENTATION_TAG, 1) != 1:
             image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            return _to_eight_bits(image)
+        target = "L" if image.mode in {"L", "1", "LA"} else "RGB"
+        return np.asarray(image if image.mode == target else image.convert(target))
+    except MemoryError:  # ours, not the sender's
+        raise
     except Exception as error:  # Pillow's decoders raise anything on hostile data
         raise InvalidInput(
             "IMAGE_TRUNCATED", f"the image's pixels are cut short or broken ({error}); send the whole file"
         ) from error
-    if image.mode.startswith(("I", "F")):
-        return _to_eight_bits(image)
-    if image.mode in {"L", "1", "LA"}:
-        return np.asarray(image if image.mode == "L" else image.convert("L"))
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _to_eight_bits(image: Image.Image) -> Pixels:

@@ -60,7 +60,8 @@ class OpenVinoEngine:
 
     def run(self, batch: Tensor, *, pictures: bool) -> Outputs:
         """Judge a batch; outputs are copied, the request's buffers are used again."""
-        self._request.infer([batch], share_inputs=True)
+        # Shared: without it every output would be copied, wanted or not.
+        self._request.infer([batch], share_inputs=True, share_outputs=True)
 
         def fetch(name: str | None) -> np.typing.NDArray[np.float32] | None:
             return np.array(self._request.get_tensor(name).data) if name and pictures else None

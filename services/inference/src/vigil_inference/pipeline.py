@@ -59,6 +59,8 @@ class Pipeline:
     batch_size: int = 1
     decoders: int = 1
     _ready: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
+    # Decoded images are large: only so many are made ahead of the model.
+    _ahead: threading.Semaphore = field(init=False)
     _pool: ThreadPoolExecutor = field(init=False)
     _thread: threading.Thread = field(init=False)
     _loop: asyncio.AbstractEventLoop = field(init=False)
@@ -66,6 +68,7 @@ class Pipeline:
     def start(self) -> None:
         """Start the threads; call from the loop that will ask."""
         self._loop = asyncio.get_running_loop()
+        self._ahead = threading.Semaphore(self.batch_size + self.decoders)
         self._pool = ThreadPoolExecutor(self.decoders, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._judge_all, name="model", daemon=True)
         self._thread.start()
@@ -87,11 +90,16 @@ class Pipeline:
         return await job.future
 
     def _decode(self, job: _Job) -> None:
+        self._ahead.acquire()
+        if job.future.done():  # who asked has gone
+            self._ahead.release()
+            return
         began = time.perf_counter()
         try:
             pixels = decode(job.image, max_pixels=self.max_pixels)
             job.tensor = to_tensor(pixels, self.model.manifest.input)
         except Exception as error:  # noqa: BLE001 - carried to who asked
+            self._ahead.release()
             self._fail([job], error)
             return
         if job.pictures:
@@ -119,6 +127,7 @@ class Pipeline:
                     held = more
                     break
                 batch.append(more)
+            self._ahead.release(len(batch))
             self._judge(batch)
 
     def _judge(self, batch: list[_Job]) -> None:

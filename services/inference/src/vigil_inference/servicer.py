@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
+from vigil_common.errors import QueueFull
 
 from vigil_inference import convert
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
     from vigil_inference.pipeline import Pipeline
     from vigil_inference.worker import Worker
+
+
+# Calls that wait for the model, each with its encoded image in memory.
+MAX_WAITING = 64
+RETRY_AFTER_S = 0.5
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -33,14 +39,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._worker = worker
         self._version = version
         self._threads = threads
+        self._waiting = 0
 
     async def Predict(
         self, request: inference_pb2.PredictRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.PredictResponse:
-        """Judge one image now."""
+        """Judge one image now; WORKER_BUSY where too many wait already."""
+        if self._waiting >= MAX_WAITING:
+            raise QueueFull(
+                "WORKER_BUSY", f"{MAX_WAITING} images wait for this worker; try again", retry_after_s=RETRY_AFTER_S
+            )
         pictures = convert.wants_pictures(request.outputs)
         received_us = time.time_ns() // 1000
-        judged = await self._pipeline.judge(request.image, pictures=pictures)
+        self._waiting += 1
+        try:
+            judged = await self._pipeline.judge(request.image, pictures=pictures)
+        finally:
+            self._waiting -= 1
         found = convert.verdict(
             judged,
             frame_id=request.frame_id,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from vigil_inference.images import Pixels
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from vigil_inference.images import Pixels
 
 OUTLINE = np.array([255, 40, 40], dtype=np.uint8)
 HEAT_SHARE = 0.45
@@ -69,7 +72,8 @@ def full(pixels: Pixels, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool
     blended = canvas * (1 - HEAT_SHARE) + HEAT[np.asarray(grey)] * HEAT_SHARE
     picture = Image.fromarray(_outlined(blended.astype(np.uint8), mask))
     draw = ImageDraw.Draw(picture)
-    box = draw.textbbox((6, 4), text)
+    size = max(12, height // 24)
+    box = draw.textbbox((6, 4), text, font_size=size)
     draw.rectangle((box[0] - 4, box[1] - 2, box[2] + 4, box[3] + 2), fill=(0, 0, 0))
-    draw.text((6, 4), text, fill=(255, 255, 255))
+    draw.text((6, 4), text, fill=(255, 255, 255), font_size=size)
     return np.asarray(picture)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Histogram
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, Unavailable, VigilError
@@ -18,7 +20,7 @@ from vigil_inference import convert
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from vigil_inference.pipeline import Judged, Pipeline
+    from vigil_inference.pipeline import Pipeline
 
 FRAMES = Counter("vigil_inference_frames_total", "Frames by how judging them ended", ["outcome"])
 INFERENCE = Histogram(
@@ -32,7 +34,11 @@ QUEUED = Histogram(
 BLOCK_MS = 500
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
+# Verdicts that wait for Redis; past this, no more frames are taken.
+OUTBOX_AT_MOST = 128
+CLAIM_AT_MOST = 16
 MAX_DELIVERIES = 3
+DRAIN_S = 20.0
 
 log = get_logger()
 
@@ -66,6 +72,7 @@ class Worker:
         self._pipeline = pipeline
         self._version = version
         self._default_threshold = default_threshold
+        self._live_threshold = default_threshold
         self._claim_idle_ms = claim_idle_ms
         self._prefetch = prefetch
         self._room = asyncio.Semaphore(prefetch)
@@ -73,7 +80,9 @@ class Worker:
         self._live = asyncio.Event()
         self._in_hand: dict[str, asyncio.Task[None]] = {}
         self._outbox: list[Emission] = []
-        self._emitter: asyncio.Task[None] | None = None
+        self._outgoing = asyncio.Event()
+        self._emptied = asyncio.Event()
+        self._emptied.set()
 
     @property
     def live(self) -> bool:
@@ -83,22 +92,40 @@ class Worker:
     @property
     def threshold(self) -> float:
         """The route's threshold where it has one, else the bundle's."""
-        set_by_route = self._route.threshold if self._route and self.live else None
-        return self._default_threshold if set_by_route is None else set_by_route
+        return self._live_threshold if self.live else self._default_threshold
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until stopped; then finish what is in hand."""
-        tasks = [asyncio.create_task(self._forever(step)) for step in (self._follow, self._read, self._claim)]
-        await stop.wait()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*self._in_hand.values())
-        if self._emitter:
-            await self._emitter
+        """Work until stopped; then finish what is in hand and emit it.
 
-    async def _forever(self, step: Callable[[], Awaitable[None]]) -> None:
-        while True:
+        Raises:
+            Exception: What ended a step for good: a worker that no longer reads must not go on looking healthy.
+        """
+        stopping = asyncio.create_task(stop.wait())
+        never = asyncio.Event()
+        reader = asyncio.create_task(self._repeat(self._read, stop))
+        emitter = asyncio.create_task(self._repeat(self._emit, never))
+        others = [asyncio.create_task(self._repeat(step, stop)) for step in (self._follow, self._claim)]
+        ended, _ = await asyncio.wait((stopping, reader, emitter, *others), return_when=asyncio.FIRST_COMPLETED)
+        stop.set()
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others)
+        self._live.clear()
+        # A read is let end, within BLOCK_MS: frames that Redis has handed out already would wait for a claim.
+        await asyncio.wait([reader])
+        await asyncio.gather(*self._in_hand.values())
+        emptied = asyncio.create_task(self._emptied.wait())
+        await asyncio.wait((emptied, emitter), timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+        if self._outbox:
+            log.warning("not_emitted", frames=len(self._outbox))
+        for closing in (stopping, emitter, emptied):
+            closing.cancel()
+        await asyncio.wait((stopping, emitter, emptied))
+        for done in ended:
+            done.result()
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]], stop: asyncio.Event) -> None:
+        while not stop.is_set():
             try:
                 await step()
             except Unavailable as error:
@@ -115,6 +142,7 @@ class Worker:
         was_live = self.live
         self._route = route
         if route is not None and route.digest == self._version.digest:
+            self._live_threshold = self._default_threshold if route.threshold is None else route.threshold
             self._live.set()
         else:
             self._live.clear()
@@ -125,8 +153,14 @@ class Worker:
 
     async def _read(self) -> None:
         """Take as many new frames as there is room for."""
-        await self._live.wait()
+        if not self.live or len(self._outbox) >= OUTBOX_AT_MOST:
+            with suppress(TimeoutError):
+                await asyncio.wait_for((self._emptied if self.live else self._live).wait(), BLOCK_MS / 1000)
+            return
         await self._room.acquire()
+        if not self.live:  # meanwhile
+            self._room.release()
+            return
         count = 1
         while not self._room.locked() and count < self._prefetch:
             await self._room.acquire()
@@ -145,9 +179,11 @@ class Worker:
         await asyncio.sleep(self._claim_idle_ms / 3000)
         if not self.live:
             return
-        for frame in await self._source.claim(min_idle_ms=self._claim_idle_ms, count=16):
-            if frame.entry_id not in self._in_hand:
-                await self._room.acquire()
+        for frame in await self._source.claim(min_idle_ms=self._claim_idle_ms, count=CLAIM_AT_MOST):
+            await self._room.acquire()
+            if frame.entry_id in self._in_hand or any(frame.entry_id == ready.entry_id for ready in self._outbox):
+                self._room.release()  # our own, slow or waiting to be emitted
+            else:
                 self._take(frame)
 
     def _take(self, frame: QueuedFrame) -> None:
@@ -156,45 +192,41 @@ class Worker:
 
     async def _process(self, frame: QueuedFrame) -> None:
         read_us = time.time_ns() // 1000
-        header = types_pb2.FrameHeader.FromString(frame.header)
-        received_us = header.received_at.ToMicroseconds()
-        QUEUED.observe(max(0, read_us - received_us) / 1e6)
+        header = types_pb2.FrameHeader()
         try:
-            if frame.deliveries > MAX_DELIVERIES:
-                raise InvalidInput(
-                    "MAX_DELIVERIES", f"given up after {MAX_DELIVERIES} deliveries: each worker died or hung on it"
-                )
-            pictures = header.HasField("outputs") and convert.wants_pictures(header.outputs)
-            judged = await self._pipeline.judge(frame.image, pictures=pictures)
-            emission = await self._judged(frame, header, judged, received_us=received_us, read_us=read_us)
-            FRAMES.labels("judged").inc()
+            header.ParseFromString(frame.header)
+            emission = await self._judged(frame, header, read_us=read_us)
+        except DecodeError:
+            emission = self._failed(frame, header, InvalidInput("HEADER_UNREADABLE", "the frame's header is broken"))
         except VigilError as error:
             emission = self._failed(frame, header, error)
-            FRAMES.labels(error.reason.lower()).inc()
         except Exception as error:
             # The runtime failed on this frame: leave it to be delivered again, and to die after its last delivery.
             log.exception("run_failed", frame_id=header.frame_id, detail=str(error))
             FRAMES.labels("run_failed").inc()
-            self._let_go(frame)
-            return
-        self._outbox.append(emission)
-        if self._emitter is None or self._emitter.done():
-            self._emitter = asyncio.create_task(self._emit())
-        self._let_go(frame)
-
-    def _let_go(self, frame: QueuedFrame) -> None:
-        self._in_hand.pop(frame.entry_id, None)
+            emission = None
+        if emission:
+            self._outbox.append(emission)
+            self._emptied.clear()
+            self._outgoing.set()
+        del self._in_hand[frame.entry_id]
         self._room.release()
 
-    async def _judged(
-        self, frame: QueuedFrame, header: types_pb2.FrameHeader, judged: Judged, *, received_us: int, read_us: int
-    ) -> Emission:
+    async def _judged(self, frame: QueuedFrame, header: types_pb2.FrameHeader, *, read_us: int) -> Emission:
+        if frame.deliveries > MAX_DELIVERIES:
+            raise InvalidInput(
+                "MAX_DELIVERIES", f"given up after {MAX_DELIVERIES} deliveries: each worker died or hung on it"
+            )
+        received_us = header.received_at.ToMicroseconds()
+        QUEUED.observe(max(0, read_us - received_us) / 1e6)
+        pictures = header.HasField("outputs") and convert.wants_pictures(header.outputs)
+        judged = await self._pipeline.judge(frame.image, pictures=pictures)
         INFERENCE.observe(judged.inference_s)
         found = convert.verdict(
             judged,
             frame_id=header.frame_id,
             model=self._version,
-            threshold=self.threshold,
+            threshold=self._live_threshold,
             received_us=received_us,
             read_us=read_us,
         )
@@ -203,24 +235,40 @@ class Worker:
         if judged.pixels is not None:
             await asyncio.to_thread(convert.add_pictures, found, judged, header.outputs)
             reply = types_pb2.Outcome(frame_id=header.frame_id, verdict=found).SerializeToString()
-        log.debug("frame_judged", frame_id=header.frame_id, score=judged.score, label=found.label)
+        FRAMES.labels("judged").inc()
+        log.debug(
+            "frame_judged",
+            **self._context(header),
+            score=judged.score,
+            label=types_pb2.Label.Name(found.label),
+            duration_s=found.timing.total.ToTimedelta().total_seconds(),
+        )
         return Emission(frame.entry_id, header.frame_id, outcome, reply)
 
     def _failed(self, frame: QueuedFrame, header: types_pb2.FrameHeader, error: VigilError) -> Emission:
-        log.info("frame_dead", frame_id=header.frame_id, reason=error.reason)
+        FRAMES.labels(error.reason.lower()).inc()
+        log.info("frame_dead", **self._context(header), reason=error.reason)
         data = types_pb2.Outcome(frame_id=header.frame_id, failure=to_status(error)).SerializeToString()
         return Emission(frame.entry_id, header.frame_id, data, data, error.reason)
 
+    def _context(self, header: types_pb2.FrameHeader) -> dict[str, str | int]:
+        """What every line on a frame says; the second field of a traceparent is the trace."""
+        _, _, rest = header.traceparent.partition("-")
+        return {
+            "frame_id": header.frame_id,
+            "trace_id": rest.partition("-")[0],
+            "model": self._version.name,
+            "version": self._version.version,
+        }
+
     async def _emit(self) -> None:
         """Send what is ready; what becomes ready meanwhile goes with the next."""
-        while self._outbox:
-            batch = self._outbox[:EMIT_AT_MOST]
-            try:
-                won = await self._source.emit(batch)
-            except Unavailable as error:
-                log.warning("queue_away", detail=error.message)
-                await asyncio.sleep(RECONNECT_S)
-                continue
-            del self._outbox[: len(batch)]
-            if not all(won):
-                log.info("others_were_first", frames=won.count(False))
+        await self._outgoing.wait()
+        batch = self._outbox[:EMIT_AT_MOST]
+        won = await self._source.emit(batch)
+        del self._outbox[: len(batch)]
+        if not self._outbox:
+            self._outgoing.clear()
+            self._emptied.set()
+        if not all(won):
+            log.info("others_were_first", frames=won.count(False))
