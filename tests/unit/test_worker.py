@@ -147,7 +147,7 @@ def reason(outcome: types_pb2.Outcome) -> str:
     info = error_details_pb2.ErrorInfo()
     assert outcome.failure.details[0].Unpack(info)
     assert info.domain == "vigil.dev"
-    return info.reason
+    return str(info.reason)
 
 
 async def test_a_frame_is_judged_and_its_verdict_says_all_there_is_to_say() -> None:

@@ -179,11 +179,12 @@ class Worker:
         await asyncio.sleep(self._claim_idle_ms / 3000)
         if not self.live:
             return
-        for frame in await self._source.claim(min_idle_ms=self._claim_idle_ms, count=CLAIM_AT_MOST):
-            await self._room.acquire()
-            if frame.entry_id in self._in_hand or any(frame.entry_id == ready.entry_id for ready in self._outbox):
-                self._room.release()  # our own, slow or waiting to be emitted
-            else:
+        claimed = await self._source.claim(min_idle_ms=self._claim_idle_ms, count=CLAIM_AT_MOST)
+        # Our own, slow or waiting to be emitted; seen now, for they may be done by the time there is room.
+        ours = self._in_hand.keys() | {ready.entry_id for ready in self._outbox}
+        for frame in claimed:
+            if frame.entry_id not in ours:
+                await self._room.acquire()
                 self._take(frame)
 
     def _take(self, frame: QueuedFrame) -> None:
