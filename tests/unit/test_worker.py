@@ -356,6 +356,20 @@ async def test_stopping_finishes_what_is_in_hand_and_takes_no_more() -> None:
     assert bench.streams.state(M).pending == {}
 
 
+async def test_stopping_waits_for_a_frame_in_hand_though_there_is_room_for_more() -> None:
+    bench = Bench(prefetch=4)
+    bench.pipeline.let.clear()
+    await bench.admit("f1")
+    await bench.promote()
+    async with working(bench) as task:
+        await bench.until(lambda: bench.pipeline.running == 1)
+        bench.stop.set()
+        await asyncio.wait([task], timeout=0.2)
+        assert not task.done()
+        bench.pipeline.let.set()
+    assert "f1" in bench.outcomes()
+
+
 async def test_stopping_without_redis_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DRAIN_S", 0.05)
     bench = Bench()
