@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 _LAUNCHER = (
     "import ctypes, os, sys; "
     "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); "
-    "os.execvp(sys.argv[1], sys.argv[1:])"
+    # The parent may have died before the kernel was asked.
+    "os.getppid() == int(sys.argv[1]) or sys.exit('parent is gone'); "
+    "os.execvp(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -65,7 +67,7 @@ class Process:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
             self._popen = subprocess.Popen(  # noqa: S603 - our own commands
-                [sys.executable, "-ISc", _LAUNCHER, *self._command],
+                [sys.executable, "-ISc", _LAUNCHER, str(os.getpid()), *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

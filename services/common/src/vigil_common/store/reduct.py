@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import heapq
 import json
 import re
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,7 +25,7 @@ from vigil_common.store.ids import uuid7_time_us
 from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Written
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 
     from vigil_common.store.ports import Record
 
@@ -249,26 +250,53 @@ class ReductFrameStore:
             return float((await self._client.info()).uptime)
 
     async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
-        """Matching records by time; see the port."""
+        """Matching records by time; see the port.
+
+        One query per entry, merged here: the server's own merge of several entries is out of order under load, and a
+        page that ends at a time would then miss records.
+        """
         if limit <= 0 or not where.entries:
             return
-        count = 0
+        streams = [self._query_entry(name, where, limit) for name in await self._entry_names(where.entries)]
+        heads: list[tuple[int, str, StoredRecord, AsyncGenerator[StoredRecord]]] = []
+
+        async def advance(stream: AsyncGenerator[StoredRecord]) -> None:
+            record = await anext(stream, None)
+            if record is not None:
+                heapq.heappush(heads, (record.timestamp_us, record.entry, record, stream))
+
+        try:
+            for stream in streams:
+                await advance(stream)
+            for _ in range(limit):
+                if not heads:
+                    return
+                _, _, record, stream = heapq.heappop(heads)
+                yield record
+                await advance(stream)
+        finally:
+            for stream in streams:
+                await stream.aclose()
+
+    async def _entry_names(self, patterns: Sequence[str]) -> list[str]:
+        """Existing entries that match names or "MODEL/*"."""
+        async with _translated():
+            existing = [entry.name for entry in await self._bucket.get_entry_list()]
+        return sorted(
+            name
+            for name in existing
+            if any(name == pattern or (pattern[-1] == "*" and name.startswith(pattern[:-1])) for pattern in patterns)
+        )
+
+    async def _query_entry(self, entry: str, where: FrameFilter, limit: int) -> AsyncGenerator[StoredRecord]:
         async with _translated():
             query = self._bucket.query(
-                list(where.entries),
-                start=where.start_us,
-                stop=where.stop_us,
-                when=conditions(where, limit),
-                head=True,
+                entry, start=where.start_us, stop=where.stop_us, when=conditions(where, limit), head=True
             )
             async for record in query:
                 stored = _stored(record)
-                if any(stored.labels.get(name) != value for name, value in where.equals.items()):
-                    continue
-                yield stored
-                count += 1
-                if count == limit:
-                    return
+                if all(stored.labels.get(name) == value for name, value in where.equals.items()):
+                    yield stored
 
     async def read(self, entry: str, timestamp_us: int) -> tuple[StoredRecord, bytes]:
         """One record with its body, checked against its digest."""
