@@ -132,11 +132,11 @@ class Pipeline:
 
     def _judge(self, batch: list[_Job]) -> None:
         began = time.perf_counter()
-        tensor = _tensor(batch[0]) if len(batch) == 1 else np.concatenate([_tensor(job) for job in batch])
         pictures = any(job.pictures for job in batch)
         try:
+            tensor = _tensor(batch[0]) if len(batch) == 1 else np.concatenate([_tensor(job) for job in batch])
             outputs = self.model.judge(tensor, pictures=pictures)
-        except Exception as error:  # noqa: BLE001 - the runtime's own kinds, carried to who asked
+        except Exception as error:  # noqa: BLE001 - the runtime's own kinds, or no memory, carried to who asked
             self._fail(batch, error)
             return
         inference_s = time.perf_counter() - began
