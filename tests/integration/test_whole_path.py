@@ -73,7 +73,8 @@ async def test_a_stranger_infers_with_the_open_inference_protocol(tmp_path: Path
     path = tmp_path / "cell.png"
     path.write_bytes(load_cells().defective[0])
     async with platform(tmp_path) as vigil:
-        command = ["uv", "run", "--no-project", "--python", sys.executable, str(TRITON)]
+        # `uv run` says where it is: on a fresh machine it is not on the path.
+        command = [os.environ.get("UV", "uv"), "run", "--no-project", "--python", sys.executable, str(TRITON)]
         process = await asyncio.create_subprocess_exec(
             *command, vigil.stack.ingest_address, MODEL, str(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
