@@ -13,7 +13,6 @@ import os
 import sqlite3
 import tempfile
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,7 +20,7 @@ import aiosqlite
 
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
 from vigil_common.store import labels as gate
-from vigil_common.store.ids import uuid7_time_us
+from vigil_common.store.find import find_frame
 from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Written
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from vigil_common.store.ports import Record
 
 BUSY_TIMEOUT_S = 10.0
-FIND_WINDOW_US = 120_000_000
 _FRAMES = """
 CREATE TABLE IF NOT EXISTS frames (
     entry TEXT NOT NULL, timestamp_us INTEGER NOT NULL, frame_id TEXT NOT NULL, sha256 TEXT NOT NULL, score REAL,
@@ -201,16 +199,7 @@ class EmbeddedFrameStore:
 
     async def find(self, model: str, frame_id: str, camera: str | None = None) -> StoredRecord:
         """The record of a frame id; the index makes the search near its time a matter of taste."""
-        everywhere = FrameFilter([f"{model}/{camera or '*'}"], equals={"frame_id": frame_id})
-        near = uuid7_time_us(frame_id)
-        windows = [everywhere]
-        if near is not None:
-            nearby = replace(everywhere, start_us=max(0, near - FIND_WINDOW_US), stop_us=near + FIND_WINDOW_US)
-            windows.insert(0, nearby)
-        for window in windows:
-            async for record in self.query(window, limit=1):
-                return record
-        raise NotFound("UNKNOWN_FRAME", f"no frame {frame_id} of model {model} is stored")
+        return await find_frame(self, model, frame_id, camera)
 
     async def close(self) -> None:
         """Close the database."""

@@ -21,7 +21,7 @@ from reduct import BucketSettings, Client, QuotaType, RecordBatch, ReductError
 
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable, VigilError
 from vigil_common.store import labels as gate
-from vigil_common.store.ids import uuid7_time_us
+from vigil_common.store.find import find_frame
 from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Written
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ BATCH_BODY_BYTES = 32 << 20
 MAX_MOVES = 10_000
 # One head query spans at most this much of an entry that has nothing to confirm in it.
 CONFIRM_GAP_US = 10_000_000
-FIND_WINDOW_US = 120_000_000
 CHUNK_BYTES = 1 << 20
 POINTERS = "index"
 
@@ -318,16 +317,7 @@ class ReductFrameStore:
 
     async def find(self, model: str, frame_id: str, camera: str | None = None) -> StoredRecord:
         """The record of a frame id; see the port."""
-        everywhere = FrameFilter([f"{model}/{camera or '*'}"], equals={"frame_id": frame_id})
-        near = uuid7_time_us(frame_id)
-        windows = [everywhere]
-        if near is not None:
-            nearby = replace(everywhere, start_us=max(0, near - FIND_WINDOW_US), stop_us=near + FIND_WINDOW_US)
-            windows.insert(0, nearby)
-        for window in windows:
-            async for record in self.query(window, limit=1):
-                return record
-        raise NotFound("UNKNOWN_FRAME", f"no frame {frame_id} of model {model} is stored")
+        return await find_frame(self, model, frame_id, camera)
 
     async def close(self) -> None:
         """Release connections."""

@@ -1,0 +1,28 @@
+"""The search for a frame by its id, the same on every store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vigil_common.errors import NotFound
+from vigil_common.store.ids import uuid7_time_us
+from vigil_common.store.ports import FrameFilter
+
+if TYPE_CHECKING:
+    from vigil_common.store.ports import FrameStore, StoredRecord
+
+WINDOW_US = 120_000_000
+
+
+async def find_frame(store: FrameStore, model: str, frame_id: str, camera: str | None) -> StoredRecord:
+    """The record of a frame id: near a UUIDv7's own time first, then everywhere; see `FrameStore.find`."""
+    everywhere = FrameFilter([f"{model}/{camera or '*'}"], equals={"frame_id": frame_id})
+    near = uuid7_time_us(frame_id)
+    windows = [everywhere]
+    if near is not None:
+        windows.insert(0, replace(everywhere, start_us=max(0, near - WINDOW_US), stop_us=near + WINDOW_US))
+    for window in windows:
+        async for record in store.query(window, limit=1):
+            return record
+    raise NotFound("UNKNOWN_FRAME", f"no frame {frame_id} of model {model} is stored")
