@@ -1,14 +1,11 @@
-"""Real images: mono-crystalline solar cells of `elpv-dataset` (PyPI, CC BY-NC-SA 4.0), in a fixed split."""
+"""Real images: mono-crystalline solar cells of `elpv-dataset` (PyPI, CC BY-NC-SA 4.0), in the demo's split."""
 
 from __future__ import annotations
 
-import io
-import random
 from dataclasses import dataclass
 from functools import lru_cache
 
-from elpv_dataset.utils import load_dataset
-from PIL import Image
+from vigil_cli.demo import split_cells
 
 
 @dataclass(frozen=True)
@@ -27,20 +24,10 @@ class Cells:
 
 @lru_cache(maxsize=1)
 def load_cells() -> Cells:
-    """Load and encode the split."""
-    images, probabilities, types = load_dataset()
-    normal = [i for i in range(len(images)) if types[i] == "mono" and probabilities[i] == 0]
-    defective = [i for i in range(len(images)) if types[i] == "mono" and probabilities[i] == 1]
-    random.seed(0)
-    random.shuffle(normal)
-    random.shuffle(defective)
-
-    def encode(indices: list[int]) -> list[bytes]:
-        files = []
-        for index in indices:
-            file = io.BytesIO()
-            Image.fromarray(images[index]).save(file, "PNG")
-            files.append(file.getvalue())
-        return files
-
-    return Cells(encode(normal[:350]), encode(normal[350:500]), encode(defective[:150]))
+    """Read the split."""
+    split = split_cells()
+    return Cells(
+        train=[path.read_bytes() for path in split.train],
+        normal=[path.read_bytes() for path, defective in split.test if not defective],
+        defective=[path.read_bytes() for path, defective in split.test if defective],
+    )
