@@ -13,7 +13,7 @@ from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unav
 from vigil_common.store import labels as gate
 from vigil_common.store.embedded import EmbeddedFrameStore, EmbeddedModelStore
 from vigil_common.store.open import open_stores
-from vigil_common.store.ports import FrameFilter, FrameStore, ModelInfo, ModelStore, Record, Written
+from vigil_common.store.ports import FrameFilter, FrameStore, Labelling, ModelInfo, ModelStore, Record, Written
 from vigil_common.store.reduct import ReductFrameStore, ReductModelStore, condition
 
 from tests.support.reduct import ReductServer, find_binary, reduct_server
@@ -225,6 +225,55 @@ async def test_frames_are_found_by_id(stores: Stores) -> None:
     for at in (0, T0 + 77):
         with pytest.raises(NotFound):
             await stores.frames.read("cells/cam1", at)
+
+
+async def test_labels_that_come_later_join_those_that_stand(stores: Stores) -> None:
+    await stores.frames.write([record("f1", line="7"), record("f2", T0 + 1)])
+    done = await stores.frames.label(
+        [
+            Labelling("cells/cam1", T0, {"human": "normal", "by": "Zoë, of the late shift"}),
+            Labelling("cells/cam1", T0, {"human": "anomalous"}),
+            Labelling("cells/cam1", T0 + 1, {"human": "normal"}),
+        ]
+    )
+    assert done == [None, None, None]
+    stored, body = await stores.frames.read("cells/cam1", T0)
+    assert (stored.labels["human"], stored.labels["by"], stored.labels["line"]) == (
+        "anomalous",
+        "Zoë, of the late shift",
+        "7",
+    )
+    assert body == b"f1"
+    assert await found(stores.frames, equals={"human": "anomalous"}) == ["f1"]
+    assert await found(stores.frames, equals={"human": "normal"}) == ["f2"]
+
+
+async def test_a_label_for_no_record_or_of_a_bad_name_fails_alone(stores: Stores) -> None:
+    await stores.frames.write([record("f1")])
+    gone, bad, long, nowhere, fine = await stores.frames.label(
+        [
+            Labelling("cells/cam1", T0 + 9, {"human": "normal"}),
+            Labelling("cells/cam1", T0, {"not a token": "x"}),
+            Labelling("cells/cam1", T0, {"human": "x" * 700}),
+            Labelling("cells/none", T0, {"human": "normal"}),
+            Labelling("cells/cam1", T0, {"human": "normal"}),
+        ]
+    )
+    assert isinstance(gone, NotFound)
+    assert isinstance(nowhere, NotFound)
+    assert isinstance(bad, InvalidInput)
+    assert isinstance(long, InvalidInput)
+    assert fine is None
+    assert (await stores.frames.read("cells/cam1", T0))[0].labels["human"] == "normal"
+
+
+async def test_labels_given_at_once_to_one_record_are_all_kept(stores: Stores) -> None:
+    await stores.frames.write([record("f1")])
+    changes = [Labelling("cells/cam1", T0, {f"l{i}": str(i)}) for i in range(40)]
+    results = await asyncio.gather(*(stores.frames.label([change]) for change in changes))
+    assert results == [[None]] * 40
+    labels = (await stores.frames.read("cells/cam1", T0))[0].labels
+    assert {f"l{i}": str(i) for i in range(40)}.items() <= labels.items()
 
 
 async def test_concurrent_writers_of_one_entry_lose_nothing(stores: Stores) -> None:

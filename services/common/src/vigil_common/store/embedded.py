@@ -26,7 +26,8 @@ from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Writt
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from vigil_common.store.ports import Record
+    from vigil_common.errors import VigilError
+    from vigil_common.store.ports import Labelling, Record
 
 BUSY_TIMEOUT_S = 10.0
 _FRAMES = """
@@ -134,6 +135,24 @@ class EmbeddedFrameStore:
             (*row, record.content_type, len(record.body), body_id),
         )
         return Written(at)
+
+    async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
+        """Label stored records in one transaction; see the port."""
+        try:
+            async with self._lock, _translated(), _transaction(self._db):
+                return [await self._label_one(change) for change in changes]
+        except Unavailable as error:
+            return [error] * len(changes)
+
+    async def _label_one(self, change: Labelling) -> VigilError | None:
+        try:
+            gate.check_change(change)
+        except InvalidInput as error:
+            return error
+        statement = "UPDATE frames SET labels = json_patch(labels, ?) WHERE entry = ? AND timestamp_us = ?"
+        place = (change.entry, change.timestamp_us)
+        async with self._db.execute(statement, (json.dumps(dict(change.labels)), *place)) as cursor:
+            return None if cursor.rowcount else NotFound("UNKNOWN_RECORD", f"no record at {place[0]} {place[1]}")
 
     async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
         """Which of these stand there now."""

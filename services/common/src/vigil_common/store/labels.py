@@ -11,12 +11,14 @@ from vigil_common.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vigil_common.store.ports import Record
+    from vigil_common.store.ports import Labelling, Record
 
 MAX_LABELS = 80
 MAX_VALUE_BYTES = 1024
 # All labels of a record come back in one header line, and common HTTP clients read 8,190 bytes of one.
 MAX_BYTES = 7_000
+# What may come later, all changes together; the rest is left for what has to be kept short by its nature.
+MAX_CHANGE_BYTES = 600
 MAX_TIMESTAMP_US = 2**62
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 ENTRY = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64})?")
@@ -56,7 +58,16 @@ def check(record: Record) -> None:
         raise InvalidInput("LABELS_INCOMPLETE", "a record needs the labels frame_id and sha256")
 
 
-def check_labels(labels: Mapping[str, str]) -> None:
+def check_change(change: Labelling) -> None:
+    """Raise `InvalidInput` for labels that a stored record can't be given."""
+    if not ENTRY.fullmatch(change.entry):
+        raise InvalidInput("ENTRY_INVALID", f"{change.entry!r} is no entry name: MODEL/CAMERA")
+    if not 0 < change.timestamp_us < MAX_TIMESTAMP_US:
+        raise InvalidInput("TIME_INVALID", f"{change.timestamp_us} µs is no time to store a frame at")
+    check_labels(change.labels, max_bytes=MAX_CHANGE_BYTES)
+
+
+def check_labels(labels: Mapping[str, str], *, max_bytes: int = MAX_BYTES) -> None:
     """Raise `InvalidInput` for labels that can't be kept."""
     if len(labels) > MAX_LABELS:
         raise InvalidInput("TOO_MANY_LABELS", f"{len(labels)} labels; at most {MAX_LABELS} are kept")
@@ -71,5 +82,5 @@ def check_labels(labels: Mapping[str, str]) -> None:
         if size > MAX_VALUE_BYTES:
             raise InvalidInput("LABEL_VALUE_TOO_LONG", f"label {name} has {size} bytes; at most {MAX_VALUE_BYTES}")
         total += len(name) + size + 6
-    if total > MAX_BYTES:
-        raise InvalidInput("LABELS_TOO_LONG", f"the labels have {total} bytes; at most {MAX_BYTES} are kept")
+    if total > max_bytes:
+        raise InvalidInput("LABELS_TOO_LONG", f"the labels have {total} bytes; at most {max_bytes} are kept")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from vigil_common.errors import VigilError
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -77,6 +79,21 @@ class FrameFilter:
     max_score: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """Labels that a stored record gets or changes; its others stay.
+
+    Attributes:
+        entry: "MODEL/CAMERA".
+        timestamp_us: Where the record stands.
+        labels: Names of Vigil's own, a fixed few: together they must leave the record readable.
+    """
+
+    entry: str
+    timestamp_us: int
+    labels: Mapping[str, str]
+
+
 class FrameStore(Protocol):
     """Images with labels."""
 
@@ -86,6 +103,15 @@ class FrameStore(Protocol):
         A record whose time is taken by another image goes to the next free microsecond. The same frame id with the
         same sha256 is not written twice. The same frame id with another sha256 at its time gives a
         `Conflict("FRAME_ID_REUSED", ...)`. Trouble that may pass gives `Unavailable`.
+        """
+        ...
+
+    async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
+        """Label stored records; one result per change, in order, None where it is done.
+
+        Changes of one entry, and writes into it, wait for each other here, so that none is lost; callers in several
+        processes would lose some: only the owner of the model labels. As with `write`, a killed server may lose what it
+        acknowledged. `NotFound("UNKNOWN_RECORD", ...)` where there is no such record.
         """
         ...
 

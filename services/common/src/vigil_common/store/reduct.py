@@ -27,7 +27,7 @@ from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Writt
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 
-    from vigil_common.store.ports import Record
+    from vigil_common.store.ports import Labelling, Record
 
 # 95 records in one batch fail as a network error, as do more than 512,000 bytes of headers.
 BATCH_RECORDS = 64
@@ -226,6 +226,48 @@ class ReductFrameStore:
         except _TROUBLE as error:
             return None if _status(error) == _NOT_FOUND else _translate(error)
         return None
+
+    async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
+        """Label stored records; see the port. Two changes of one record go in turn: the server loses one of them."""
+        results: dict[int, VigilError | None] = {}
+        rounds: dict[int, list[int]] = {}
+        turns: dict[tuple[str, int], int] = {}
+        for index, change in enumerate(changes):
+            try:
+                gate.check_change(change)
+            except InvalidInput as error:
+                results[index] = error
+                continue
+            place = (change.entry, change.timestamp_us)
+            turns[place] = turns.get(place, -1) + 1
+            rounds.setdefault(turns[place], []).append(index)
+        async with AsyncExitStack() as stack:
+            for entry in sorted({changes[index].entry for indexes in rounds.values() for index in indexes}):
+                await stack.enter_async_context(self._locks.setdefault(entry, asyncio.Lock()))
+            for _, indexes in sorted(rounds.items()):
+                for start in range(0, len(indexes), BATCH_RECORDS):
+                    chunk = indexes[start : start + BATCH_RECORDS]
+                    results |= await self._label_chunk({index: changes[index] for index in chunk})
+        return [results[index] for index in range(len(changes))]
+
+    async def _label_chunk(self, changes: Mapping[int, Labelling]) -> dict[int, VigilError | None]:
+        batch = RecordBatch()
+        for change in changes.values():
+            values = {name: gate.encode(value) for name, value in change.labels.items()}
+            batch.add(change.entry, change.timestamp_us, labels=values)
+        try:
+            errors = await self._bucket.update_record_batch(batch)
+        except (*_TROUBLE, ValueError) as error:
+            return dict.fromkeys(changes, _translate(error))
+        results: dict[int, VigilError | None] = {}
+        for index, change in changes.items():
+            trouble = errors.get(change.entry, {}).get(change.timestamp_us)
+            missing = trouble is not None and _status(trouble) == _NOT_FOUND
+            if missing:
+                results[index] = _no_record(change.entry, change.timestamp_us)
+            else:
+                results[index] = _translate(trouble) if trouble is not None else None
+        return results
 
     async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
         """Which of these stand there now."""
