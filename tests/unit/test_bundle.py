@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vigil_common.bundle import (
     MANIFEST,
     Artefact,
+    BundleCheck,
     Manifest,
     ModelOutputs,
     ParitySample,
@@ -93,6 +94,32 @@ def test_what_is_packed_opens_as_it_was_and_has_one_digest(
     assert opened.manifest == read_manifest(bundle) == wanted
     assert opened.files == content
     assert pack(opened.manifest, dict(reversed(content.items()))) == bundle
+
+
+@given(cuts=st.lists(st.integers(1, 4000), max_size=30))
+def test_a_bundle_is_checked_alike_however_it_is_cut(cuts: list[int]) -> None:
+    bundle = pack(manifest(), {**FILES, "big": bytes(range(256)) * 20})
+    check, at = BundleCheck(), 0
+    for size in [*cuts, len(bundle)]:
+        check.feed(bundle[at : at + size])
+        at += size
+    found = check.finish()
+    assert (found.digest, found.size_bytes, found.manifest) == (digest(bundle), len(bundle), manifest())
+    assert found.formats == ("onnxruntime",)
+    assert yaml.safe_load(found.text)["name"] == "cells"
+    assert {name: bundle[at.offset : at.offset + at.size] for name, at in found.members.items()} == {
+        **FILES,
+        "big": bytes(range(256)) * 20,
+    }
+
+
+def test_what_stands_behind_the_end_is_refused() -> None:
+    assert refusal(pack(manifest(), FILES) + b"more") == CORRUPT
+
+
+def test_a_bundle_that_ends_between_two_files_is_refused() -> None:
+    bundle = pack(manifest(), FILES)
+    assert refusal(bundle[: len(bundle.rstrip(b"\0")) // 512 * 512 + 512]) == CORRUPT
 
 
 def test_the_tar_says_nothing_of_when_or_by_whom_it_was_made() -> None:

@@ -1,8 +1,9 @@
 """The model bundle: a canonical tar whose SHA-256 is the model's identity.
 
 Canonical means sorted names, zero times and owners, so that the same content has the same digest wherever it is packed.
-`open_bundle` trusts nothing: it reads the whole tar into memory and checks names, kinds, sizes, digest and manifest
-before anything is written to disk or run.
+Nothing is trusted: names, kinds, sizes, digest and manifest are checked before anything is shown, written to disk or run.
+`BundleCheck` does so while the bundle comes in, chunk by chunk, and holds no more of it than vigil.yaml; `open_bundle`
+does so for a bundle in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vigil_common.errors import InvalidBundle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Set
     from pathlib import Path
 
 MANIFEST = "vigil.yaml"
@@ -96,6 +97,30 @@ class Manifest(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """Where a file's bytes stand in the tar."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a bundle that passed every check is; `text` is vigil.yaml, `members` are all other files."""
+
+    manifest: Manifest
+    text: str
+    members: Mapping[str, Member]
+    digest: str
+    size_bytes: int
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Runtimes it has artefacts for."""
+        return tuple(sorted(self.manifest.artefacts))
+
+
+@dataclass(frozen=True, slots=True)
 class Bundle:
     """A bundle that passed every check."""
 
@@ -145,51 +170,130 @@ def open_bundle(bundle: bytes, *, expected_digest: str | None = None, max_bytes:
     """Check a bundle and give its content.
 
     Raises:
-        InvalidBundle: DIGEST_MISMATCH, BUNDLE_TOO_LARGE, BUNDLE_CORRUPT, BUNDLE_PATH_OUTSIDE, BUNDLE_FILE_MISSING,
-            BUNDLE_OUTPUT_MISSING or MANIFEST_INVALID.
+        InvalidBundle: DIGEST_MISMATCH, or as `BundleCheck`.
     """
-    if len(bundle) > max_bytes:
-        raise InvalidBundle("BUNDLE_TOO_LARGE", f"the bundle has {len(bundle)} bytes, at most {max_bytes} are taken")
     found = digest(bundle)
     if expected_digest is not None and found != expected_digest:
         raise InvalidBundle("DIGEST_MISMATCH", f"the bundle's digest is {found}, expected was {expected_digest}")
-    files = _members(bundle)
-    manifest = _manifest(files.pop(MANIFEST, None))
-    named = {name for artefact in manifest.artefacts.values() for name in (artefact.path, *artefact.files)}
-    named |= {sample.image for sample in manifest.parity}
-    if missing := sorted(named - files.keys()):
-        raise InvalidBundle("BUNDLE_FILE_MISSING", f"{MANIFEST} names {', '.join(missing)}, which is not in the bundle")
+    layout = _Layout(max_bytes)
+    layout.feed(memoryview(bundle))
+    manifest = layout.finish()
+    view = memoryview(bundle)
+    files = {name: bytes(view[at.offset : at.offset + at.size]) for name, at in layout.members.items()}
     return Bundle(manifest, files, found)
 
 
-def _members(bundle: bytes) -> dict[str, bytes]:
-    files: dict[str, bytes] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(bundle), mode="r:") as tar:
-            for member in tar:
-                _check_member(member, files)
-                content = tar.extractfile(member)
-                files[member.name] = content.read() if content else b""
-                if len(files[member.name]) != member.size:
-                    raise InvalidBundle("BUNDLE_CORRUPT", f"{member.name} ends early; fetch the bundle again")
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        raise InvalidBundle("BUNDLE_CORRUPT", f"the bundle is no readable tar ({error}); fetch it again") from error
-    for name in files:
-        if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in files), None):
-            raise InvalidBundle("BUNDLE_CORRUPT", f"{both!r} is a file and the folder of {name!r}")
-    return files
+class BundleCheck:
+    """Checks a bundle as it comes.
+
+    Args:
+        max_bytes: More are refused.
+
+    Raises:
+        InvalidBundle: BUNDLE_TOO_LARGE, BUNDLE_CORRUPT, BUNDLE_PATH_OUTSIDE, BUNDLE_FILE_MISSING,
+            BUNDLE_OUTPUT_MISSING or MANIFEST_INVALID; by `feed` as soon as it shows, by `finish` for the rest.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BUNDLE_BYTES) -> None:
+        self._layout = _Layout(max_bytes)
+        self._hash = hashlib.sha256()
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes, cut anywhere."""
+        self._layout.feed(memoryview(chunk))
+        self._hash.update(chunk)
+
+    def finish(self) -> Checked:
+        """What it is, now that all of it has come."""
+        manifest = self._layout.finish()
+        digest = f"sha256:{self._hash.hexdigest()}"
+        return Checked(manifest, self._layout.text.decode(), self._layout.members, digest, self._layout.size_bytes)
 
 
-def _check_member(member: tarfile.TarInfo, files: Mapping[str, bytes]) -> None:
+class _Layout:
+    """Follows the tar's headers; keeps the content of vigil.yaml alone."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._header = bytearray()
+        self._left = 0  # of the member's content with its padding
+        self._text_left = 0
+        self._ended = False
+        self.size_bytes = 0
+        self.text = bytearray()
+        self.members: dict[str, Member] = {}
+        self._has_manifest = False
+
+    def feed(self, view: memoryview) -> None:
+        at = self.size_bytes
+        self.size_bytes += len(view)
+        if self.size_bytes > self._max_bytes:
+            raise InvalidBundle(
+                "BUNDLE_TOO_LARGE", f"the bundle has more than the {self._max_bytes} bytes that are taken"
+            )
+        while len(view):
+            if self._ended:
+                if bytes(view).strip(b"\0"):
+                    raise InvalidBundle("BUNDLE_CORRUPT", "there is more behind the end of the tar; fetch it again")
+                return
+            if self._left:
+                taken = view[: self._left]
+                if self._text_left:
+                    self.text += taken[: self._text_left]
+                    self._text_left -= min(len(taken), self._text_left)
+                self._left -= len(taken)
+            else:
+                taken = view[: tarfile.BLOCKSIZE - len(self._header)]
+                self._header += taken
+                if len(self._header) == tarfile.BLOCKSIZE:
+                    self._begin(bytes(self._header), at + len(taken))
+                    self._header.clear()
+            view = view[len(taken) :]
+            at += len(taken)
+
+    def _begin(self, block: bytes, offset: int) -> None:
+        """Read a member's header; its content stands at the offset."""
+        if not any(block):
+            self._ended = True
+            return
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise InvalidBundle("BUNDLE_CORRUPT", f"the bundle is no readable tar ({error}); fetch it again") from error
+        known = self.members.keys() | ({MANIFEST} if self._has_manifest else set())
+        _check_member(member, known)
+        self._left = -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if member.name == MANIFEST:
+            self._has_manifest, self._text_left = True, member.size
+        else:
+            self.members[member.name] = Member(offset, member.size)
+
+    def finish(self) -> Manifest:
+        if not self._ended:
+            raise InvalidBundle("BUNDLE_CORRUPT", "the bundle ends early or is no tar; fetch it again")
+        names = {*self.members, MANIFEST}
+        for name in names:
+            if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in names), None):
+                raise InvalidBundle("BUNDLE_CORRUPT", f"{both!r} is a file and the folder of {name!r}")
+        manifest = _manifest(bytes(self.text) if self._has_manifest else None)
+        named = {name for artefact in manifest.artefacts.values() for name in (artefact.path, *artefact.files)}
+        named |= {sample.image for sample in manifest.parity}
+        if missing := sorted(named - self.members.keys()):
+            text = f"{MANIFEST} names {', '.join(missing)}, which is not in the bundle"
+            raise InvalidBundle("BUNDLE_FILE_MISSING", text)
+        return manifest
+
+
+def _check_member(member: tarfile.TarInfo, known: Set[str]) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} points outside the bundle")
     # A sparse file of a few bytes unfolds to any size.
     if member.type not in {tarfile.REGTYPE, tarfile.AREGTYPE} or member.issparse():
         raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} is no plain file; links and devices are refused")
-    if str(path) != member.name or member.name in files:
+    if str(path) != member.name or member.name in known or member.size < 0:
         raise InvalidBundle("BUNDLE_CORRUPT", f"{member.name!r} stands twice or is not written plainly")
-    if len(files) >= MAX_FILES:
+    if len(known) >= MAX_FILES:
         raise InvalidBundle("BUNDLE_TOO_LARGE", f"a bundle holds at most {MAX_FILES} files")
     if member.name == MANIFEST and member.size > MAX_MANIFEST_BYTES:
         raise InvalidBundle("BUNDLE_TOO_LARGE", f"{MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
