@@ -1,7 +1,7 @@
 """The model bundle: a canonical tar whose SHA-256 is the model's identity.
 
 Canonical means sorted names, zero times and owners, so that the same content has the same digest wherever it is packed.
-Nothing is trusted: names, kinds, sizes, digest and manifest are checked before anything is shown, written to disk or run.
+Nothing is trusted: names, kinds, sizes, digest and manifest are checked before anything is shown, written or run.
 `BundleCheck` does so while the bundle comes in, chunk by chunk, and holds no more of it than vigil.yaml; `open_bundle`
 does so for a bundle in memory.
 """
@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vigil_common.errors import InvalidBundle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
 MANIFEST = "vigil.yaml"
@@ -284,7 +285,7 @@ class _Layout:
         return manifest
 
 
-def _check_member(member: tarfile.TarInfo, known: Set[str]) -> None:
+def _check_member(member: tarfile.TarInfo, known: AbstractSet[str]) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{member.name!r} points outside the bundle")
