@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vigil.types.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -19,6 +20,32 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ReviewReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReviewReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReviewReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REVIEW_REASON_UNSPECIFIED: _ReviewReason.ValueType  # 0
+    REVIEW_REASON_DISAGREEMENT: _ReviewReason.ValueType  # 1
+    """Live and candidate say different things."""
+    REVIEW_REASON_UNCERTAIN: _ReviewReason.ValueType  # 2
+    """The score is near the threshold."""
+    REVIEW_REASON_RANDOM: _ReviewReason.ValueType  # 3
+    """Picked by chance, so that what people see is not only what the model finds hard."""
+
+class ReviewReason(_ReviewReason, metaclass=_ReviewReasonEnumTypeWrapper):
+    """Why a frame is in the review queue."""
+
+REVIEW_REASON_UNSPECIFIED: ReviewReason.ValueType  # 0
+REVIEW_REASON_DISAGREEMENT: ReviewReason.ValueType  # 1
+"""Live and candidate say different things."""
+REVIEW_REASON_UNCERTAIN: ReviewReason.ValueType  # 2
+"""The score is near the threshold."""
+REVIEW_REASON_RANDOM: ReviewReason.ValueType  # 3
+"""Picked by chance, so that what people see is not only what the model finds hard."""
+Global___ReviewReason: _TypeAlias = ReviewReason  # noqa: Y015
 
 @_typing.final
 class StoredFrame(_message.Message):
@@ -52,6 +79,7 @@ class StoredFrame(_message.Message):
     STORED_AT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     IMAGE_BYTES_FIELD_NUMBER: _builtins.int
+    ANNOTATION_FIELD_NUMBER: _builtins.int
     failure_reason: _builtins.str
     """Why it could not be judged; empty where it was."""
     image_bytes: _builtins.int
@@ -70,6 +98,10 @@ class StoredFrame(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Every label as the store has it."""
 
+    @_builtins.property
+    def annotation(self) -> Global___Annotation:
+        """What people say of it now, without the note; absent where nobody has said anything."""
+
     def __init__(
         self,
         *,
@@ -79,14 +111,54 @@ class StoredFrame(_message.Message):
         stored_at: _timestamp_pb2.Timestamp | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         image_bytes: _builtins.int = ...,
+        annotation: Global___Annotation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "stored_at", b"stored_at", "verdict", b"verdict"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation", "header", b"header", "stored_at", b"stored_at", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_reason", b"failure_reason", "header", b"header", "image_bytes", b"image_bytes", "labels", b"labels", "stored_at", b"stored_at", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation", "failure_reason", b"failure_reason", "header", b"header", "image_bytes", b"image_bytes", "labels", b"labels", "stored_at", b"stored_at", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoredFrame: _TypeAlias = StoredFrame  # noqa: Y015
+
+@_typing.final
+class Annotation(_message.Message):
+    """What a person said of a frame."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANNOTATION_ID_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    ANNOTATED_AT_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    MASKED_FIELD_NUMBER: _builtins.int
+    annotation_id: _builtins.str
+    """Of the annotation, not of the frame."""
+    label: _types_pb2.Label.ValueType
+    author: _builtins.str
+    note: _builtins.str
+    masked: _builtins.bool
+    """Whether a mask came with it."""
+    @_builtins.property
+    def annotated_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        annotation_id: _builtins.str = ...,
+        label: _types_pb2.Label.ValueType = ...,
+        author: _builtins.str = ...,
+        annotated_at: _timestamp_pb2.Timestamp | None = ...,
+        note: _builtins.str = ...,
+        masked: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotated_at", b"annotated_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotated_at", b"annotated_at", "annotation_id", b"annotation_id", "author", b"author", "label", b"label", "masked", b"masked", "note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Annotation: _TypeAlias = Annotation  # noqa: Y015
 
 @_typing.final
 class QueryRequest(_message.Message):
@@ -105,6 +177,9 @@ class QueryRequest(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    HUMAN_LABEL_FIELD_NUMBER: _builtins.int
+    REVIEWED_FIELD_NUMBER: _builtins.int
+    DISAGREEMENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     camera: _builtins.str
     """Absent: every camera."""
@@ -119,6 +194,12 @@ class QueryRequest(_message.Message):
     """Zero: 100; at most 1,000."""
     page_token: _builtins.str
     """From the last response."""
+    human_label: _types_pb2.Label.ValueType
+    """What people say now."""
+    reviewed: _builtins.bool
+    """True: only frames that people labelled; false: only the others."""
+    disagreement: _builtins.bool
+    """True: only frames of which live and candidate say different things; false: only those where they agree."""
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp:
         """Inclusive."""
@@ -141,19 +222,30 @@ class QueryRequest(_message.Message):
         failed: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        human_label: _types_pb2.Label.ValueType = ...,
+        reviewed: _builtins.bool | None = ...,
+        disagreement: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_score", b"_max_score", "_min_score", b"_min_score", "max_score", b"max_score", "min_score", b"min_score", "start", b"start", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement", "_max_score", b"_max_score", "_min_score", b"_min_score", "_reviewed", b"_reviewed", "disagreement", b"disagreement", "max_score", b"max_score", "min_score", b"min_score", "reviewed", b"reviewed", "start", b"start", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_score", b"_max_score", "_min_score", b"_min_score", "camera", b"camera", "failed", b"failed", "label", b"label", "max_score", b"max_score", "min_score", b"min_score", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "start", b"start", "stop", b"stop", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement", "_max_score", b"_max_score", "_min_score", b"_min_score", "_reviewed", b"_reviewed", "camera", b"camera", "disagreement", b"disagreement", "failed", b"failed", "human_label", b"human_label", "label", b"label", "max_score", b"max_score", "min_score", b"min_score", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "reviewed", b"reviewed", "start", b"start", "stop", b"stop", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__disagreement: _TypeAlias = _typing.Literal["disagreement"]  # noqa: Y015
+    _WhichOneofArgType__disagreement: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement"]  # noqa: Y015
     _WhichOneofReturnType__max_score: _TypeAlias = _typing.Literal["max_score"]  # noqa: Y015
     _WhichOneofArgType__max_score: _TypeAlias = _typing.Literal["_max_score", b"_max_score"]  # noqa: Y015
     _WhichOneofReturnType__min_score: _TypeAlias = _typing.Literal["min_score"]  # noqa: Y015
     _WhichOneofArgType__min_score: _TypeAlias = _typing.Literal["_min_score", b"_min_score"]  # noqa: Y015
+    _WhichOneofReturnType__reviewed: _TypeAlias = _typing.Literal["reviewed"]  # noqa: Y015
+    _WhichOneofArgType__reviewed: _TypeAlias = _typing.Literal["_reviewed", b"_reviewed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disagreement) -> _WhichOneofReturnType__disagreement | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_score) -> _WhichOneofReturnType__max_score | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_score) -> _WhichOneofReturnType__min_score | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reviewed) -> _WhichOneofReturnType__reviewed | None: ...
 
 Global___QueryRequest: _TypeAlias = QueryRequest  # noqa: Y015
 
@@ -198,7 +290,7 @@ class GetRequest(_message.Message):
     camera: _builtins.str
     """Absent: searched for."""
     header_only: _builtins.bool
-    """Leave the image out."""
+    """Leave image and mask out."""
     def __init__(
         self,
         *,
@@ -223,22 +315,268 @@ class GetResponse(_message.Message):
 
     FRAME_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
     image: _builtins.bytes
+    mask: _builtins.bytes
+    """The mask of the annotation that stands: 8-bit grey PNG, 0 = normal, 255 = anomalous; empty where there is none."""
+    @_builtins.property
+    def frame(self) -> Global___StoredFrame: ...
+    @_builtins.property
+    def annotations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Annotation]:
+        """Everything people said of it, oldest first."""
+
+    def __init__(
+        self,
+        *,
+        frame: Global___StoredFrame | None = ...,
+        image: _builtins.bytes = ...,
+        annotations: _abc.Iterable[Global___Annotation] | None = ...,
+        mask: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "frame", b"frame", "image", b"image", "mask", b"mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+
+@_typing.final
+class AnnotateRequest(_message.Message):
+    """Request of Annotate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FRAME_ID_FIELD_NUMBER: _builtins.int
+    CAMERA_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    ANNOTATION_ID_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    frame_id: _builtins.str
+    camera: _builtins.str
+    """Absent: searched for."""
+    label: _types_pb2.Label.ValueType
+    mask: _builtins.bytes
+    """A PNG of the image's width and height, 1-bit or 8-bit grey; what is 128 or more is anomalous. May be absent."""
+    note: _builtins.str
+    """At most 2,000 characters. May be absent."""
+    author: _builtins.str
+    """Who says so: 1 to 64 characters."""
+    annotation_id: _builtins.str
+    """The same id again is the same annotation. Absent: a new one."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        frame_id: _builtins.str = ...,
+        camera: _builtins.str = ...,
+        label: _types_pb2.Label.ValueType = ...,
+        mask: _builtins.bytes = ...,
+        note: _builtins.str = ...,
+        author: _builtins.str = ...,
+        annotation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation_id", b"annotation_id", "author", b"author", "camera", b"camera", "frame_id", b"frame_id", "label", b"label", "mask", b"mask", "model", b"model", "note", b"note"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotateRequest: _TypeAlias = AnnotateRequest  # noqa: Y015
+
+@_typing.final
+class AnnotateResponse(_message.Message):
+    """Response of Annotate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANNOTATION_FIELD_NUMBER: _builtins.int
+    APPLIED_FIELD_NUMBER: _builtins.int
+    applied: _builtins.bool
+    """False where it is kept, but has yet to appear on the frame, as while the store is away."""
+    @_builtins.property
+    def annotation(self) -> Global___Annotation: ...
+    def __init__(
+        self,
+        *,
+        annotation: Global___Annotation | None = ...,
+        applied: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotation", b"annotation", "applied", b"applied"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AnnotateResponse: _TypeAlias = AnnotateResponse  # noqa: Y015
+
+@_typing.final
+class ReviewQueueRequest(_message.Message):
+    """Request of ReviewQueue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CAMERA_FIELD_NUMBER: _builtins.int
+    REVIEWER_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    camera: _builtins.str
+    """Absent: every camera."""
+    reviewer: _builtins.str
+    """Who will look: 1 to 64 characters."""
+    size: _builtins.int
+    """Zero: 20; at most 200."""
+    again: _builtins.bool
+    """Also what this reviewer has been given before, and what has been labelled."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Frames stored before are left out. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        camera: _builtins.str = ...,
+        reviewer: _builtins.str = ...,
+        size: _builtins.int = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        again: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "camera", b"camera", "model", b"model", "reviewer", b"reviewer", "since", b"since", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewQueueRequest: _TypeAlias = ReviewQueueRequest  # noqa: Y015
+
+@_typing.final
+class ReviewQueueResponse(_message.Message):
+    """Response of ReviewQueue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReviewItem]: ...
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ReviewItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviewQueueResponse: _TypeAlias = ReviewQueueResponse  # noqa: Y015
+
+@_typing.final
+class ReviewItem(_message.Message):
+    """A frame to look at."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: Global___ReviewReason.ValueType
     @_builtins.property
     def frame(self) -> Global___StoredFrame: ...
     def __init__(
         self,
         *,
         frame: Global___StoredFrame | None = ...,
-        image: _builtins.bytes = ...,
+        reason: Global___ReviewReason.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "image", b"image"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetResponse: _TypeAlias = GetResponse  # noqa: Y015
+Global___ReviewItem: _TypeAlias = ReviewItem  # noqa: Y015
+
+@_typing.final
+class ExportRequest(_message.Message):
+    """Request of Export. Absent fields match everything."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CAMERA_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    DECIDED_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    camera: _builtins.str
+    decided: _builtins.bool
+    """Leave out frames that people are unsure of."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Inclusive; when the frame was stored."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Exclusive."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        camera: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        decided: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["camera", b"camera", "decided", b"decided", "model", b"model", "since", b"since", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportRequest: _TypeAlias = ExportRequest  # noqa: Y015
+
+@_typing.final
+class ExportResponse(_message.Message):
+    """Response of Export: a frame at a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAME_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    image: _builtins.bytes
+    mask: _builtins.bytes
+    """As in GetResponse."""
+    @_builtins.property
+    def frame(self) -> Global___StoredFrame: ...
+    @_builtins.property
+    def annotations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Annotation]: ...
+    def __init__(
+        self,
+        *,
+        frame: Global___StoredFrame | None = ...,
+        image: _builtins.bytes = ...,
+        annotations: _abc.Iterable[Global___Annotation] | None = ...,
+        mask: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "frame", b"frame", "image", b"image", "mask", b"mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportResponse: _TypeAlias = ExportResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):

@@ -45,6 +45,21 @@ class FrameServiceStub:
                 request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.GetRequest.SerializeToString,
                 response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.GetResponse.FromString,
                 _registered_method=True)
+        self.Annotate = channel.unary_unary(
+                '/vigil.storage.v1.FrameService/Annotate',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.AnnotateRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.AnnotateResponse.FromString,
+                _registered_method=True)
+        self.ReviewQueue = channel.unary_unary(
+                '/vigil.storage.v1.FrameService/ReviewQueue',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ReviewQueueRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ReviewQueueResponse.FromString,
+                _registered_method=True)
+        self.Export = channel.unary_stream(
+                '/vigil.storage.v1.FrameService/Export',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ExportRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ExportResponse.FromString,
+                _registered_method=True)
 
 
 class FrameServiceServicer:
@@ -59,7 +74,31 @@ class FrameServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Get(self, request, context):
-        """One frame by its id. NOT_FOUND where no such frame is stored (yet).
+        """One frame by its id. NOT_FOUND where no such frame is stored (yet, or any more).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Annotate(self, request, context):
+        """What a person says of a frame. Everything said is kept; the latest stands. Answers once it can't be lost.
+        NOT_FOUND where the frame is not stored, INVALID_ARGUMENT for a mask that does not fit the image, ALREADY_EXISTS
+        where the id stands for another annotation, RESOURCE_EXHAUSTED while too many wait for the store.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReviewQueue(self, request, context):
+        """Frames worth a person's look: where live and candidate disagree, then scores nearest the threshold, then a random
+        sample. What nobody has labelled yet, and what this reviewer has not been given before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """Frames that people labelled, with images, masks and history, oldest first: what a training set is made of.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,6 +116,21 @@ def add_FrameServiceServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.GetRequest.FromString,
                     response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.GetResponse.SerializeToString,
+            ),
+            'Annotate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Annotate,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.AnnotateRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.AnnotateResponse.SerializeToString,
+            ),
+            'ReviewQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReviewQueue,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ReviewQueueRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ReviewQueueResponse.SerializeToString,
+            ),
+            'Export': grpc.unary_stream_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ExportRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ExportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +188,87 @@ class FrameService:
             '/vigil.storage.v1.FrameService/Get',
             vigil_dot_storage_dot_v1_dot_storage__pb2.GetRequest.SerializeToString,
             vigil_dot_storage_dot_v1_dot_storage__pb2.GetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Annotate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.FrameService/Annotate',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.AnnotateRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.AnnotateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReviewQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.FrameService/ReviewQueue',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.ReviewQueueRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.ReviewQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vigil.storage.v1.FrameService/Export',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.ExportRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.ExportResponse.FromString,
             options,
             channel_credentials,
             insecure,

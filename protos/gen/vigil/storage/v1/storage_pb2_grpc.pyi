@@ -36,7 +36,18 @@ class FrameServiceStub:
     Query: _grpc.UnaryUnaryMultiCallable[_storage_pb2.QueryRequest, _storage_pb2.QueryResponse]
     """Frames that match, oldest first, without their images. INVALID_ARGUMENT for a malformed page token or range."""
     Get: _grpc.UnaryUnaryMultiCallable[_storage_pb2.GetRequest, _storage_pb2.GetResponse]
-    """One frame by its id. NOT_FOUND where no such frame is stored (yet)."""
+    """One frame by its id. NOT_FOUND where no such frame is stored (yet, or any more)."""
+    Annotate: _grpc.UnaryUnaryMultiCallable[_storage_pb2.AnnotateRequest, _storage_pb2.AnnotateResponse]
+    """What a person says of a frame. Everything said is kept; the latest stands. Answers once it can't be lost.
+    NOT_FOUND where the frame is not stored, INVALID_ARGUMENT for a mask that does not fit the image, ALREADY_EXISTS
+    where the id stands for another annotation, RESOURCE_EXHAUSTED while too many wait for the store.
+    """
+    ReviewQueue: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ReviewQueueRequest, _storage_pb2.ReviewQueueResponse]
+    """Frames worth a person's look: where live and candidate disagree, then scores nearest the threshold, then a random
+    sample. What nobody has labelled yet, and what this reviewer has not been given before.
+    """
+    Export: _grpc.UnaryStreamMultiCallable[_storage_pb2.ExportRequest, _storage_pb2.ExportResponse]
+    """Frames that people labelled, with images, masks and history, oldest first: what a training set is made of."""
 
 @_typing.type_check_only
 class FrameServiceAsyncStub(FrameServiceStub):
@@ -46,7 +57,18 @@ class FrameServiceAsyncStub(FrameServiceStub):
     Query: _aio.UnaryUnaryMultiCallable[_storage_pb2.QueryRequest, _storage_pb2.QueryResponse]  # type: ignore[assignment]
     """Frames that match, oldest first, without their images. INVALID_ARGUMENT for a malformed page token or range."""
     Get: _aio.UnaryUnaryMultiCallable[_storage_pb2.GetRequest, _storage_pb2.GetResponse]  # type: ignore[assignment]
-    """One frame by its id. NOT_FOUND where no such frame is stored (yet)."""
+    """One frame by its id. NOT_FOUND where no such frame is stored (yet, or any more)."""
+    Annotate: _aio.UnaryUnaryMultiCallable[_storage_pb2.AnnotateRequest, _storage_pb2.AnnotateResponse]  # type: ignore[assignment]
+    """What a person says of a frame. Everything said is kept; the latest stands. Answers once it can't be lost.
+    NOT_FOUND where the frame is not stored, INVALID_ARGUMENT for a mask that does not fit the image, ALREADY_EXISTS
+    where the id stands for another annotation, RESOURCE_EXHAUSTED while too many wait for the store.
+    """
+    ReviewQueue: _aio.UnaryUnaryMultiCallable[_storage_pb2.ReviewQueueRequest, _storage_pb2.ReviewQueueResponse]  # type: ignore[assignment]
+    """Frames worth a person's look: where live and candidate disagree, then scores nearest the threshold, then a random
+    sample. What nobody has labelled yet, and what this reviewer has not been given before.
+    """
+    Export: _aio.UnaryStreamMultiCallable[_storage_pb2.ExportRequest, _storage_pb2.ExportResponse]  # type: ignore[assignment]
+    """Frames that people labelled, with images, masks and history, oldest first: what a training set is made of."""
 
 class FrameServiceServicer(metaclass=_abc_1.ABCMeta):
     """Stored frames: the image and everything said of it."""
@@ -65,7 +87,36 @@ class FrameServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.GetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.GetResponse, _abc.Awaitable[_storage_pb2.GetResponse]]:
-        """One frame by its id. NOT_FOUND where no such frame is stored (yet)."""
+        """One frame by its id. NOT_FOUND where no such frame is stored (yet, or any more)."""
+
+    @_abc_1.abstractmethod
+    def Annotate(
+        self,
+        request: _storage_pb2.AnnotateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.AnnotateResponse, _abc.Awaitable[_storage_pb2.AnnotateResponse]]:
+        """What a person says of a frame. Everything said is kept; the latest stands. Answers once it can't be lost.
+        NOT_FOUND where the frame is not stored, INVALID_ARGUMENT for a mask that does not fit the image, ALREADY_EXISTS
+        where the id stands for another annotation, RESOURCE_EXHAUSTED while too many wait for the store.
+        """
+
+    @_abc_1.abstractmethod
+    def ReviewQueue(
+        self,
+        request: _storage_pb2.ReviewQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.ReviewQueueResponse, _abc.Awaitable[_storage_pb2.ReviewQueueResponse]]:
+        """Frames worth a person's look: where live and candidate disagree, then scores nearest the threshold, then a random
+        sample. What nobody has labelled yet, and what this reviewer has not been given before.
+        """
+
+    @_abc_1.abstractmethod
+    def Export(
+        self,
+        request: _storage_pb2.ExportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_storage_pb2.ExportResponse], _abc.AsyncIterator[_storage_pb2.ExportResponse]]:
+        """Frames that people labelled, with images, masks and history, oldest first: what a training set is made of."""
 
 def add_FrameServiceServicer_to_server(servicer: FrameServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

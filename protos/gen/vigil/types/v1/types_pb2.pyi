@@ -80,6 +80,8 @@ class _LabelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Label.ValueType
     """Nothing has been said."""
     LABEL_NORMAL: _Label.ValueType  # 1
     LABEL_ANOMALOUS: _Label.ValueType  # 2
+    LABEL_UNSURE: _Label.ValueType  # 3
+    """Only people say so: looked at, and undecided."""
 
 class Label(_Label, metaclass=_LabelEnumTypeWrapper):
     """What the model or a person says of a frame."""
@@ -88,6 +90,8 @@ LABEL_UNSPECIFIED: Label.ValueType  # 0
 """Nothing has been said."""
 LABEL_NORMAL: Label.ValueType  # 1
 LABEL_ANOMALOUS: Label.ValueType  # 2
+LABEL_UNSURE: Label.ValueType  # 3
+"""Only people say so: looked at, and undecided."""
 Global___Label: _TypeAlias = Label  # noqa: Y015
 
 @_typing.final
