@@ -248,6 +248,16 @@ async def test_labels_that_come_later_join_those_that_stand(stores: Stores) -> N
     assert await found(stores.frames, equals={"human": "normal"}) == ["f2"]
 
 
+async def test_queries_ask_for_labels_that_are_there_or_not(stores: Stores) -> None:
+    await stores.frames.write([record("f1", a="", b="1"), record("f2", T0 + 1, b="2"), record("f3", T0 + 2, c="x")])
+    await stores.frames.label([Labelling("cells/cam1", T0 + 1, {"c": "later"})])
+    assert await found(stores.frames, present=["a"]) == ["f1"]
+    assert await found(stores.frames, absent=["b"]) == ["f3"]
+    assert await found(stores.frames, present=["b"], absent=["c"]) == ["f1"]
+    assert await found(stores.frames, limit=1, absent=["a"], equals={"b": "2"}) == ["f2"]
+    assert await found(stores.frames, present=["c", "b"]) == ["f2"]
+
+
 async def test_a_label_for_no_record_or_of_a_bad_name_fails_alone(stores: Stores) -> None:
     await stores.frames.write([record("f1")])
     gone, bad, long, nowhere, fine = await stores.frames.label(

@@ -194,6 +194,10 @@ class EmbeddedFrameStore:
             gate.check_labels({name: value})
             clauses.append("frame_id = ?" if name == "frame_id" else f"json_extract(labels, '$.{name}') = ?")
             arguments.append(value)
+        for names, test in ((where.present, "NOT NULL"), (where.absent, "NULL")):
+            for name in names:
+                gate.check_labels({name: ""})
+                clauses.append(f"json_extract(labels, '$.{name}') IS {test}")
         # Every name in it has passed the gate; values are bound.
         statement = f"SELECT {_COLUMNS} FROM frames WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, entry LIMIT ?"  # noqa: S608
         async with _translated():
@@ -223,90 +227,3 @@ class EmbeddedFrameStore:
     async def close(self) -> None:
         """Close the database."""
         await self._db.close()
-
-
-class EmbeddedModelStore:
-    """Model versions: index in `models.db`, bundles as `models/DIGEST.tar`."""
-
-    def __init__(self, connection: aiosqlite.Connection, folder: Path) -> None:
-        self._db = connection
-        self._folder = folder
-
-    @classmethod
-    async def open(cls, folder: Path) -> Self:
-        """Open the folder, made where it is missing."""
-        bundles = Path(folder) / "models"
-        connection = await _open(Path(folder) / "models.db", _MODELS)
-        await asyncio.to_thread(bundles.mkdir, exist_ok=True)
-        return cls(connection, bundles)
-
-    def _path(self, digest: str) -> Path:
-        return self._folder / f"{digest.removeprefix('sha256:')}.tar"
-
-    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
-        """Keep a version; see the port."""
-        if hashlib.sha256(bundle).hexdigest() != info.digest.removeprefix("sha256:"):
-            raise InvalidInput("DIGEST_MISMATCH", "the bundle does not hash to its digest")
-        async with _translated():
-            await asyncio.to_thread(_write_file, self._path(info.digest), bundle)
-            row = (info.name, info.version, info.digest, info.size_bytes)
-            try:
-                await self._db.execute(
-                    "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (*row, json.dumps(info.formats), info.published_at_us, info.manifest),
-                )
-            except sqlite3.IntegrityError as error:
-                raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}") from error
-
-    async def list(self, name: str | None = None) -> list[ModelInfo]:
-        """Versions by name and number."""
-        statement = f"SELECT {_MODEL_COLUMNS} FROM models WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version"  # noqa: S608
-        async with _translated():
-            rows = await self._db.execute_fetchall(statement, (name,))
-        return [ModelInfo(row[0], row[1], row[2], row[3], tuple(json.loads(row[4])), row[5], row[6]) for row in rows]
-
-    async def get(self, name: str, version: int | None = None) -> ModelInfo:
-        """One version, the newest where none is given."""
-        versions = await self.list(name)
-        if not versions:
-            raise NotFound("UNKNOWN_MODEL", f"no model {name} has been published")
-        if version is None:
-            return versions[-1]
-        for info in versions:
-            if info.version == version:
-                return info
-        raise NotFound("UNKNOWN_VERSION", f"model {name} has no version {version}")
-
-    async def download(self, name: str, version: int) -> bytes:
-        """The bundle, checked against its digest."""
-        info = await self.get(name, version)
-        try:
-            bundle = await asyncio.to_thread(self._path(info.digest).read_bytes)
-        except FileNotFoundError as error:
-            raise DataLost("BUNDLE_BROKEN", f"the bundle of {name} version {version} is gone") from error
-        if f"sha256:{hashlib.sha256(bundle).hexdigest()}" != info.digest:
-            raise DataLost("DIGEST_MISMATCH", f"the bundle of {name} version {version} is not what was published")
-        return bundle
-
-    async def close(self) -> None:
-        """Close the database."""
-        await self._db.close()
-
-
-def _write_file(path: Path, body: bytes) -> None:
-    """Whole or not at all, and on the disk when it returns."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

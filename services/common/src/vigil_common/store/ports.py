@@ -67,6 +67,8 @@ class FrameFilter:
         start_us: Inclusive.
         stop_us: Exclusive.
         equals: Labels with these values.
+        present: Labels that a record must have, whatever their value.
+        absent: Labels that it must not have.
         min_score: Least `score`.
         max_score: Greatest `score`.
     """
@@ -75,6 +77,8 @@ class FrameFilter:
     start_us: int | None = None
     stop_us: int | None = None
     equals: Mapping[str, str] = field(default_factory=dict)
+    present: Sequence[str] = ()
+    absent: Sequence[str] = ()
     min_score: float | None = None
     max_score: float | None = None
 

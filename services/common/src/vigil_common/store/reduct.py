@@ -37,53 +37,7 @@ BATCH_BODY_BYTES = 32 << 20
 MAX_MOVES = 10_000
 # One head query spans at most this much of an entry that has nothing to confirm in it.
 CONFIRM_GAP_US = 10_000_000
-CHUNK_BYTES = 1 << 20
-POINTERS = "index"
-
-_NETWORK = -1
-_NOT_FOUND, _CONFLICT, _TOO_EARLY, _BROKEN = 404, 409, 425, 500
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-
-
-def _unavailable(error: BaseException) -> Unavailable:
-    return Unavailable("STORE_UNAVAILABLE", f"ReductStore: {error}; try again", retry_after_s=1.0)
-
-
-def _status(error: BaseException) -> int:
-    return int(error.status_code) if isinstance(error, ReductError) else _NETWORK
-
-
-def _translate(error: BaseException) -> VigilError:
-    """What an answer means for one record, once 404, 409, 425 and 500 have been dealt with."""
-    if _status(error) in (400, 422) and "quota" not in str(error).lower():
-        return InvalidInput("STORE_REFUSED", f"ReductStore refused it: {error}")
-    return _unavailable(error)
-
-
-_TROUBLE = (ReductError, aiohttp.ClientError, OSError, TimeoutError)
-
-
-@asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
-    try:
-        yield
-    except _TROUBLE as error:
-        raise _translate(error) from error
-
-
-async def _open(url: str, token: str | None, bucket: str, settings: Any, timeout_s: float | None) -> tuple[Any, Any]:
-    """A client with one session for all calls (without one, each call opens a connection), and the bucket."""
-    client = await Client(url, api_token=token, timeout=timeout_s).__aenter__()
-    try:
-        try:
-            return client, await client.get_bucket(bucket)
-        except ReductError as error:
-            if error.status_code != _NOT_FOUND:
-                raise
-            return client, await client.create_bucket(bucket, settings, exist_ok=True)
-    except _TROUBLE as error:
-        await client.__aexit__(None, None, None)
-        raise _unavailable(error) from error
 
 
 def _stored(record: Any) -> StoredRecord:
@@ -114,6 +68,8 @@ def conditions(where: FrameFilter, limit: int) -> dict[str, Any] | None:
     """The server's part of a filter; holds `$limit` only where nothing is left to compare here."""
     parts = [condition(name, value) for name, value in where.equals.items()]
     found = [part for part in parts if part is not None]
+    found += [{"$exists": [name]} for name in where.present]
+    found += [{"$not": [{"$exists": [name]}]} for name in where.absent]
     if where.min_score is not None:
         found.append({"&score": {"$gte": where.min_score}})
     if where.max_score is not None:
@@ -137,7 +93,7 @@ class ReductFrameStore:
         cls, url: str, token: str | None = None, bucket: str = "vigil-frames", *, timeout_s: float = 30.0
     ) -> Self:
         """Connect; makes the bucket where it is missing. `Unavailable` where nobody answers."""
-        return cls(*await _open(url, token, bucket, None, timeout_s))
+        return cls(*await open_bucket(url, token, bucket, None, timeout_s))
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch; see the port."""
@@ -180,7 +136,7 @@ class ReductFrameStore:
             errors: dict[str, dict[int, ReductError]] = {}
             try:
                 errors = await self._bucket.write_record_batch(batch)
-            except (*_TROUBLE, ValueError) as error:
+            except (*TROUBLE, ValueError) as error:
                 failed = error
             for index, at in chunk:
                 record = records[index]
@@ -200,15 +156,15 @@ class ReductFrameStore:
 
         The caller holds the entry's lock: nothing of ours is in flight.
         """
-        if _status(trouble) not in (_CONFLICT, _TOO_EARLY, _BROKEN, _NETWORK):
-            return _translate(trouble)
+        if status(trouble) not in (CONFLICT, TOO_EARLY, BROKEN, NETWORK):
+            return translate(trouble)
         try:
             async with self._bucket.read(record.entry, at, head=True) as found:
                 stored = _stored(found)
-        except _TROUBLE as error:
+        except TROUBLE as error:
             failure = await self._clear(record.entry, at, error)
             # A whole call that failed is the caller's to repeat, with its own patience.
-            return failure or (_unavailable(trouble) if _status(trouble) == _NETWORK else at)
+            return failure or (unavailable(trouble) if status(trouble) == NETWORK else at)
         if stored.labels.get("frame_id") != record.labels["frame_id"]:
             return at + 1
         if stored.labels.get("sha256") == record.labels["sha256"] and stored.size_bytes == len(record.body):
@@ -217,14 +173,14 @@ class ReductFrameStore:
 
     async def _clear(self, entry: str, at: int, trouble: BaseException) -> VigilError | None:
         """Make a place writable; a batch that was cut leaves what it had not sent at 425 for good."""
-        if _status(trouble) == _NOT_FOUND:
+        if status(trouble) == NOT_FOUND:
             return None
-        if _status(trouble) not in (_TOO_EARLY, _BROKEN):
-            return _translate(trouble)
+        if status(trouble) not in (TOO_EARLY, BROKEN):
+            return translate(trouble)
         try:
             await self._bucket.remove_record(entry, at)
-        except _TROUBLE as error:
-            return None if _status(error) == _NOT_FOUND else _translate(error)
+        except TROUBLE as error:
+            return None if status(error) == NOT_FOUND else translate(error)
         return None
 
     async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
@@ -257,16 +213,16 @@ class ReductFrameStore:
             batch.add(change.entry, change.timestamp_us, labels=values)
         try:
             errors = await self._bucket.update_record_batch(batch)
-        except (*_TROUBLE, ValueError) as error:
-            return dict.fromkeys(changes, _translate(error))
+        except (*TROUBLE, ValueError) as error:
+            return dict.fromkeys(changes, translate(error))
         results: dict[int, VigilError | None] = {}
         for index, change in changes.items():
             trouble = errors.get(change.entry, {}).get(change.timestamp_us)
-            missing = trouble is not None and _status(trouble) == _NOT_FOUND
+            missing = trouble is not None and status(trouble) == NOT_FOUND
             if missing:
                 results[index] = _no_record(change.entry, change.timestamp_us)
             else:
-                results[index] = _translate(trouble) if trouble is not None else None
+                results[index] = translate(trouble) if trouble is not None else None
         return results
 
     async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
@@ -277,7 +233,7 @@ class ReductFrameStore:
         for end in range(1, len(times) + 1):
             if end < len(times) and times[end] - times[end - 1] <= CONFIRM_GAP_US:
                 continue
-            async with _translated():
+            async with translated():
                 query = self._bucket.query(entry, start=times[start], stop=times[end - 1] + 1, head=True)
                 async for record in query:
                     if expected.get(record.timestamp) == record.labels.get("sha256"):
@@ -287,7 +243,7 @@ class ReductFrameStore:
 
     async def uptime_s(self) -> float:
         """Seconds since the server started, whole ones, rounded down."""
-        async with _translated():
+        async with translated():
             return float((await self._client.info()).uptime)
 
     async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
@@ -321,7 +277,7 @@ class ReductFrameStore:
 
     async def _entry_names(self, patterns: Sequence[str]) -> list[str]:
         """Existing entries that match names or "MODEL/*"."""
-        async with _translated():
+        async with translated():
             existing = [entry.name for entry in await self._bucket.get_entry_list()]
         return sorted(
             name
@@ -330,7 +286,7 @@ class ReductFrameStore:
         )
 
     async def _query_entry(self, entry: str, where: FrameFilter, limit: int) -> AsyncGenerator[StoredRecord]:
-        async with _translated():
+        async with translated():
             query = self._bucket.query(
                 entry, start=where.start_us, stop=where.stop_us, when=conditions(where, limit), head=True
             )
@@ -347,12 +303,12 @@ class ReductFrameStore:
             async with self._bucket.read(entry, timestamp_us) as found:
                 body = await found.read_all()
                 stored = _stored(found)
-        except _TROUBLE as error:
-            if _status(error) == _NOT_FOUND:
+        except TROUBLE as error:
+            if status(error) == NOT_FOUND:
                 raise _no_record(entry, timestamp_us) from error
-            if _status(error) in (_BROKEN, _TOO_EARLY):
+            if status(error) in (BROKEN, TOO_EARLY):
                 raise DataLost("RECORD_BROKEN", f"the record at {entry} {timestamp_us} is broken") from error
-            raise _translate(error) from error
+            raise translate(error) from error
         if hashlib.sha256(body).hexdigest() != stored.labels.get("sha256"):
             raise DataLost("DIGEST_MISMATCH", f"the image at {entry} {timestamp_us} is not what was written")
         return stored, body
@@ -426,172 +382,3 @@ def _chunks(records: Sequence[Record], places: Mapping[int, int]) -> Iterator[li
         body_bytes += len(record.body)
     if chunk:
         yield chunk
-
-
-class ReductModelStore:
-    """Model versions in one bucket without a quota.
-
-    The bundle stands in entry NAME/DIGEST at time VERSION, so that two publications never share a place; then a
-    pointer, `index/NAME` at VERSION, holds its ModelInfo as JSON. Only what has a pointer is listed, and a pointer is
-    written once the bundle has been read back.
-    """
-
-    def __init__(self, client: Any, bucket: Any, settle_s: float) -> None:
-        self._client = client
-        self._bucket = bucket
-        self._settle_s = settle_s
-        self._lock = asyncio.Lock()
-
-    @classmethod
-    async def open(
-        cls, url: str, token: str | None = None, bucket: str = "vigil-models", *, settle_s: float = 2.5
-    ) -> Self:
-        """Connect; makes the bucket where it is missing.
-
-        Args:
-            url: Of the server.
-            token: Of the API.
-            bucket: Its name.
-            settle_s: `publish` answers once a version still stands this long after it was written: longer than the
-                server's compaction interval, before which a killed server may lose what it acknowledged.
-        """
-        settings = BucketSettings(quota_type=QuotaType.NONE)
-        return cls(*await _open(url, token, bucket, settings, None), settle_s)
-
-    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
-        """Keep a version; see the port."""
-        if hashlib.sha256(bundle).hexdigest() != info.digest.removeprefix("sha256:"):
-            raise InvalidInput("DIGEST_MISMATCH", "the bundle does not hash to its digest")
-        async with self._lock, _translated():
-            if await self._pointer(info.name, info.version) is not None:
-                raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}")
-            if await self._stored_digest(info) != info.digest:
-                await self._remove(info)
-                await self._write_bundle(info, bundle)
-            if await self._stored_digest(info) != info.digest:
-                raise DataLost("DIGEST_MISMATCH", "the store did not keep the bundle as it was; publish it again")
-            body = json.dumps(asdict(info)).encode()
-            try:
-                await self._bucket.write(
-                    f"{POINTERS}/{info.name}", body, timestamp=info.version, content_type="application/json"
-                )
-            except ReductError as error:
-                if error.status_code == _CONFLICT:
-                    raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}") from error
-                raise
-            await asyncio.sleep(self._settle_s)
-            uptime_s = (await self._client.info()).uptime
-            kept = await self._pointer(info.name, info.version) == info
-            if not kept or uptime_s < self._settle_s or await self._size(info) != len(bundle):
-                raise Unavailable("NOT_KEPT", "the store restarted meanwhile; publish it again", retry_after_s=5.0)
-
-    async def _write_bundle(self, info: ModelInfo, bundle: bytes) -> None:
-        async def chunks() -> AsyncIterator[bytes]:
-            for offset in range(0, len(bundle), CHUNK_BYTES):
-                yield bundle[offset : offset + CHUNK_BYTES]
-
-        values = {
-            "version": str(info.version),
-            "digest": info.digest,
-            "size": str(info.size_bytes),
-            "formats": " ".join(info.formats) or "none",
-            "published_at_us": str(info.published_at_us),
-        }
-        await self._bucket.write(
-            _bundle_entry(info),
-            chunks(),
-            timestamp=info.version,
-            content_length=len(bundle),
-            content_type="application/x-tar",
-            labels=values,
-        )
-
-    async def _remove(self, info: ModelInfo) -> None:
-        """Clear what a publication that broke off has left; nothing points at it."""
-        try:
-            await self._bucket.remove_record(_bundle_entry(info), info.version)
-        except ReductError as error:
-            if error.status_code != _NOT_FOUND:
-                raise
-
-    async def _stored_digest(self, info: ModelInfo) -> str | None:
-        """The digest of the bytes that stand there; None where there are none or they are broken."""
-        digest = hashlib.sha256()
-        try:
-            async with self._bucket.read(_bundle_entry(info), info.version) as record:
-                async for chunk in record.read(CHUNK_BYTES):
-                    digest.update(chunk)
-        except (ReductError, aiohttp.ClientPayloadError) as error:
-            if _status(error) in (_NOT_FOUND, _TOO_EARLY, _BROKEN) or isinstance(error, aiohttp.ClientError):
-                return None
-            raise
-        return f"sha256:{digest.hexdigest()}"
-
-    async def _size(self, info: ModelInfo) -> int | None:
-        try:
-            async with self._bucket.read(_bundle_entry(info), info.version, head=True) as record:
-                return int(record.size)
-        except ReductError as error:
-            if error.status_code != _NOT_FOUND:
-                raise
-            return None
-
-    async def _pointer(self, name: str, version: int) -> ModelInfo | None:
-        if version <= 0:
-            return None
-        try:
-            async with self._bucket.read(f"{POINTERS}/{name}", version) as record:
-                return _info(await record.read_all())
-        except ReductError as error:
-            if error.status_code != _NOT_FOUND:
-                raise
-            return None
-
-    async def list(self, name: str | None = None) -> list[ModelInfo]:
-        """Versions by name and number."""
-        async with _translated():
-            query = self._bucket.query([f"{POINTERS}/{name or '*'}"])
-            found = [_info(await record.read_all()) async for record in query]
-        return sorted(found, key=lambda info: (info.name, info.version))
-
-    async def get(self, name: str, version: int | None = None) -> ModelInfo:
-        """One version, the newest where none is given."""
-        if version is None:
-            versions = await self.list(name)
-            if versions:
-                return versions[-1]
-            raise NotFound("UNKNOWN_MODEL", f"no model {name} has been published")
-        async with _translated():
-            info = await self._pointer(name, version)
-        if info is None:
-            known = await self.list(name)
-            reason = "UNKNOWN_VERSION" if known else "UNKNOWN_MODEL"
-            raise NotFound(reason, f"model {name} has no version {version}")
-        return info
-
-    async def download(self, name: str, version: int) -> bytes:
-        """The bundle, checked against its digest."""
-        info = await self.get(name, version)
-        try:
-            async with self._bucket.read(_bundle_entry(info), version) as record:
-                bundle: bytes = await record.read_all()
-        except _TROUBLE as error:
-            if _status(error) in (_NOT_FOUND, _TOO_EARLY, _BROKEN):
-                raise DataLost("BUNDLE_BROKEN", f"the bundle of {name} version {version} is gone") from error
-            raise _translate(error) from error
-        if f"sha256:{hashlib.sha256(bundle).hexdigest()}" != info.digest:
-            raise DataLost("DIGEST_MISMATCH", f"the bundle of {name} version {version} is not what was published")
-        return bundle
-
-    async def close(self) -> None:
-        """Release connections."""
-        await self._client.__aexit__(None, None, None)
-
-
-def _bundle_entry(info: ModelInfo) -> str:
-    return f"{info.name}/{info.digest.removeprefix('sha256:')}"
-
-
-def _info(body: bytes) -> ModelInfo:
-    fields = json.loads(body)
-    return ModelInfo(**{**fields, "formats": tuple(fields["formats"])})
