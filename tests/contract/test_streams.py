@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from vigil_common.errors import Unavailable
+from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.memory import MemoryStreams
-from vigil_common.streams.ports import Admission, Admitted, Emission
+from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
 from vigil_common.streams.redis import RedisStreams
 
 from tests.support.valkey import ValkeyProcess
@@ -164,7 +165,67 @@ async def test_a_promotion_is_seen_by_who_waits(streams: Streams) -> None:
     assert await streams.routing.wait(M, first.generation, block_ms=10) == first
     second = await streams.routing.promote(M, version=2, digest="sha256:2", threshold=0.25)
     assert await streams.routing.wait(M, first.generation, block_ms=1000) == second
-    assert second.threshold == 0.25
+    assert second.live.threshold == 0.25
+
+
+async def test_a_route_comes_back_as_it_was_written_with_its_candidate(streams: Streams) -> None:
+    candidate = Candidate(2, "sha256:2", 0.25, 0.1)
+    written = await streams.routing.write(M, live=Live(1, "sha256:1", 0.5), candidate=candidate)
+    assert await streams.routing.get(M) == written
+    assert written.candidate == candidate
+    assert written.comparison == written.generation
+    ended = await streams.routing.write(M, live=Live(1, "sha256:1"))
+    assert await streams.routing.get(M) == ended
+    assert (ended.candidate, ended.comparison, ended.live.threshold) == (None, 0, None)
+
+
+async def test_the_same_pair_goes_on_in_its_comparison_and_another_begins_a_new_one(streams: Streams) -> None:
+    live, candidate = Live(1, "sha256:1"), Candidate(2, "sha256:2")
+    first = await streams.routing.write(M, live=live, candidate=candidate)
+    again = await streams.routing.write(M, live=live, candidate=replace(candidate, sample_fraction=0.5))
+    assert again.generation > again.comparison == first.comparison
+    threshold = await streams.routing.write(M, live=live, candidate=replace(candidate, threshold=0.3))
+    replaced = await streams.routing.write(M, live=live, candidate=Candidate(3, "sha256:3"))
+    other_live = await streams.routing.write(M, live=Live(4, "sha256:4"), candidate=Candidate(3, "sha256:3"))
+    await streams.routing.write(M, live=live)
+    restarted = await streams.routing.write(M, live=live, candidate=candidate)
+    numbers = [route.comparison for route in (first, threshold, replaced, other_live, restarted)]
+    assert numbers == sorted(set(numbers))
+
+
+async def test_a_promotion_ends_the_comparison(streams: Streams) -> None:
+    await streams.routing.write(M, live=Live(1, "sha256:1"), candidate=Candidate(2, "sha256:2"))
+    promoted = await streams.routing.promote(M, version=2, digest="sha256:2", threshold=None)
+    assert (await streams.routing.get(M)) == promoted
+    assert promoted.candidate is None
+
+
+async def test_a_version_is_not_compared_with_itself_and_samples_are_fractions(streams: Streams) -> None:
+    with pytest.raises(InvalidInput, match="version 1 is the live one"):
+        await streams.routing.write(M, live=Live(1, "sha256:1"), candidate=Candidate(1, "sha256:1"))
+    assert await streams.routing.get(M) is None
+    for fraction in (0.0, -1.0, 1.5, float("nan")):
+        with pytest.raises(InvalidInput, match="over 0 and at most 1"):
+            Candidate(2, "sha256:2", sample_fraction=fraction)
+
+
+async def test_a_removed_route_is_gone_and_a_later_one_counts_on(streams: Streams) -> None:
+    first = await streams.routing.write(M, live=Live(1, "sha256:1"), candidate=Candidate(2, "sha256:2"))
+    await streams.routing.remove(M)
+    assert await streams.routing.get(M) is None
+    assert await streams.routing.models() == []
+    assert await streams.routing.wait(M, first.generation, block_ms=10) is None
+    await streams.routing.remove(M)
+    later = await streams.routing.write(M, live=Live(1, "sha256:1"), candidate=Candidate(2, "sha256:2"))
+    assert later.comparison > first.comparison
+    assert await streams.routing.wait(M, first.generation, block_ms=1000) == later
+
+
+async def test_a_removed_model_stays_listed_while_it_has_frames(streams: Streams) -> None:
+    await streams.routing.write(M, live=Live(1, "sha256:1"))
+    await admit(streams, "f1")
+    await streams.routing.remove(M)
+    assert await streams.routing.models() == [M]
 
 
 async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ async def test_the_route_decides_who_reads_and_by_which_threshold() -> None:
         reads = len(bench.source.counts)
         await bench.admit("f2")
         await bench.promote("sha256:four")
-        await bench.until(lambda: bench.worker._route is not None and bench.worker._route.digest == "sha256:four")
+        await bench.until(lambda: bench.worker._route is not None and bench.worker._route.live.digest == "sha256:four")
         assert len(bench.source.counts) <= reads + 1
     assert bench.outcomes()["f1"].verdict.label == types_pb2.LABEL_NORMAL
 

@@ -93,7 +93,7 @@ def promote(
         return await make_live(redis_url, model, threshold)
 
     route = run(work())
-    console.print(f"{route.model} version {route.version} is live")
+    console.print(f"{route.model} version {route.live.version} is live")
 
 
 async def make_live(redis_url: str, model: Model, threshold: float | None = None) -> Route:

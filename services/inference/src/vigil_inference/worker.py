@@ -141,8 +141,9 @@ class Worker:
             route = await self._routing.wait(self._version.name, generation, block_ms=BLOCK_MS)
         was_live = self.live
         self._route = route
-        if route is not None and route.digest == self._version.digest:
-            self._live_threshold = self._default_threshold if route.threshold is None else route.threshold
+        if route is not None and route.live.digest == self._version.digest:
+            asked = route.live.threshold
+            self._live_threshold = self._default_threshold if asked is None else asked
             self._live.set()
         else:
             self._live.clear()

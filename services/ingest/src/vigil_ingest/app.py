@@ -89,11 +89,12 @@ class Ingest:
         known = self._models.get(model) or await self._discover(model)
         if known is None or known.route is None:
             raise NotFound("UNKNOWN_MODEL", f"no version of model {model} is live; publish and promote one first")
-        if version is not None and version != known.route.version:
+        live = known.route.live.version
+        if version is not None and version != live:
             raise NotLive(
                 "VERSION_NOT_LIVE",
-                f"version {version} of {model} is not live, version {known.route.version} is; leave model_version out",
-                metadata={"live_version": str(known.route.version)},
+                f"version {version} of {model} is not live, version {live} is; leave model_version out",
+                metadata={"live_version": str(live)},
             )
         return known.route
 

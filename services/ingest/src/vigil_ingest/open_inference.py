@@ -85,7 +85,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         tensor = oip.ModelMetadataResponse.TensorMetadata
         return oip.ModelMetadataResponse(
             name=route.model,
-            versions=[str(route.version)],
+            versions=[str(route.live.version)],
             platform="vigil",
             inputs=[tensor(name=INPUT, datatype="BYTES", shape=[-1])],
             outputs=[

@@ -7,7 +7,17 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from vigil_common.streams.ports import Admission, Admitted, Depth, QueuedFrame, QueuedOutcome, Route
+from vigil_common.streams.ports import (
+    Admission,
+    Admitted,
+    Candidate,
+    Depth,
+    Live,
+    QueuedFrame,
+    QueuedOutcome,
+    Route,
+    check_roles,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -279,22 +289,39 @@ class MemoryRouting:
     def __init__(self, streams: MemoryStreams) -> None:
         self._streams = streams
         self._routes: dict[str, Route] = {}
+        self._generations: dict[str, int] = {}
 
     async def get(self, model: str) -> Route | None:
         """The model's route."""
         return self._routes.get(model)
 
     async def models(self) -> list[str]:
-        """Every model that has a route."""
-        return sorted(self._routes)
+        """Every model that has a route, or had one and has frames left."""
+        left = (model for model in self._generations if self._streams.state(model).frames)
+        return sorted({*self._routes, *left})
 
-    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
-        """Make a version live."""
+    async def write(self, model: str, *, live: Live, candidate: Candidate | None = None) -> Route:
+        """Write the whole record."""
+        check_roles(live, candidate)
+        generation = self._generations[model] = self._generations.get(model, 0) + 1
         before = self._routes.get(model)
-        route = Route(model, version, digest, threshold, before.generation + 1 if before else 1)
-        self._routes[model] = route
+        comparison = generation if candidate else 0
+        if candidate and before and before.candidate:
+            old = before.candidate
+            versions = (live.digest, live.threshold, candidate.digest, candidate.threshold)
+            if (before.live.digest, before.live.threshold, old.digest, old.threshold) == versions:
+                comparison = before.comparison
+        route = self._routes[model] = Route(model, live, candidate, generation, comparison)
         await self._streams.changed()
         return route
+
+    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
+        """Make a version live and end any comparison."""
+        return await self.write(model, live=Live(version, digest, threshold))
+
+    async def remove(self, model: str) -> None:
+        """Delete the route."""
+        self._routes.pop(model, None)
 
     async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
         """The route once it has changed, or after the wait."""

@@ -11,6 +11,8 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from vigil_common.errors import InvalidInput
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -169,22 +171,72 @@ class OutcomeSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Live:
+    """The version whose verdicts count.
+
+    Attributes:
+        version: Its number.
+        digest: Its bundle's digest.
+        threshold: Serving-time threshold; None where the bundle's own counts.
+    """
+
+    version: int
+    digest: str
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The version that is compared with live, on the same frames.
+
+    Attributes:
+        version: Its number.
+        digest: Its bundle's digest.
+        threshold: Serving-time threshold; None where the bundle's own counts.
+        sample_fraction: Which part of the frames it gets, over 0 and up to 1; see `sampled`.
+
+    Raises:
+        InvalidInput: SAMPLE_FRACTION_INVALID.
+    """
+
+    version: int
+    digest: str
+    threshold: float | None = None
+    sample_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_fraction <= 1:
+            raise InvalidInput(
+                "SAMPLE_FRACTION_INVALID", f"sample fraction {self.sample_fraction}: it must be over 0 and at most 1"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
-    """Which version of a model is live.
+    """Roles of a model's versions.
 
     Attributes:
         model: The model's name.
-        version: The live version.
-        digest: Its bundle's digest.
-        threshold: Serving-time threshold; None where the bundle's own counts.
+        live: The live version.
+        candidate: The one in shadow; None where there is none.
         generation: Grows with each change.
+        comparison: The generation in which this candidate began to be compared with this live version under these
+            thresholds; 0 where nothing is compared.
     """
 
     model: str
-    version: int
-    digest: str
-    threshold: float | None
+    live: Live
+    candidate: Candidate | None
     generation: int
+    comparison: int = 0
+
+
+def check_roles(live: Live, candidate: Candidate | None) -> None:
+    """Raise `InvalidInput` CANDIDATE_IS_LIVE where a version would be compared with itself."""
+    if candidate is not None and candidate.digest == live.digest:
+        raise InvalidInput(
+            "CANDIDATE_IS_LIVE", f"version {candidate.version} is the live one; compare it with another version"
+        )
 
 
 class RoutingTable(Protocol):
@@ -195,13 +247,66 @@ class RoutingTable(Protocol):
         ...
 
     async def models(self) -> list[str]:
-        """Every model that has a route."""
+        """Every model that has a route, or had one and has frames left."""
+        ...
+
+    async def write(self, model: str, *, live: Live, candidate: Candidate | None = None) -> Route:
+        """Write the whole record; workers, ingest and shadow follow within a second.
+
+        Another candidate, live version or threshold than before begins a new comparison, with the frames admitted from
+        then on. `InvalidInput` CANDIDATE_IS_LIVE where both are the same.
+        """
         ...
 
     async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
-        """Make a version live; workers and ingest follow within a second."""
+        """Make a version live and end any comparison."""
+        ...
+
+    async def remove(self, model: str) -> None:
+        """Delete the route: ingest takes no more frames of the model. What was accepted stays until it is stored."""
         ...
 
     async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
         """The route once its generation is another than this, or whatever it is after the wait."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRemark:
+    """What a person said of a frame, on its way into the store.
+
+    Attributes:
+        place: Its place in the log; a later one was said later ("MILLISECONDS-NUMBER").
+        remark_id: The id that makes saying it again harmless.
+        body: What was said, serialised.
+        mask: Encoded mask; empty where there is none.
+    """
+
+    place: str
+    remark_id: str
+    body: bytes
+    mask: bytes
+
+
+class ReviewLog(Protocol):
+    """What people say, safe until the store is known to keep it, and what each has been given to look at."""
+
+    async def put(self, model: str, remark_id: str, body: bytes, mask: bytes) -> str | None:
+        """Its place in the log, the same one while the id waits; None where there is no room."""
+        ...
+
+    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedRemark]:
+        """What was said after this place ("0" to begin with), in order."""
+        ...
+
+    async def done(self, model: str, remarks: Sequence[QueuedRemark]) -> None:
+        """They are confirmed in the store: forget them."""
+        ...
+
+    async def give(self, model: str, reviewer: str, frame_ids: Sequence[str]) -> None:
+        """Remember that a reviewer has been given these frames; the oldest of many are forgotten."""
+        ...
+
+    async def given(self, model: str, reviewer: str) -> set[str]:
+        """What a reviewer has been given."""
         ...

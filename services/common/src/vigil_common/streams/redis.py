@@ -27,11 +27,14 @@ from vigil_common.logging import get_logger
 from vigil_common.streams.ports import (
     Admission,
     Admitted,
+    Candidate,
     Depth,
     Emission,
+    Live,
     QueuedFrame,
     QueuedOutcome,
     Route,
+    check_roles,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +65,9 @@ class Script:
         return cls(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-ADMIT, EMIT, TRIM, PROMOTE, OWN = (Script.load(name) for name in ("admit", "emit", "trim", "promote", "own"))
+ADMIT, EMIT, TRIM, ROUTE, UNROUTE, OWN = (
+    Script.load(name) for name in ("admit", "emit", "trim", "route", "unroute", "own")
+)
 
 
 @contextmanager
@@ -469,32 +474,62 @@ class RedisRouting:
 
     async def get(self, model: str) -> Route | None:
         """The model's route."""
-        names = ("version", "digest", "threshold", "generation")
-        version, digest, threshold, generation = await self._connection.command(
-            "HMGET", f"{prefix(model)}routing", *names
-        )
-        if version is None:
+        found = _fields(await self._connection.command("HGETALL", f"{prefix(model)}routing") or [])
+        if b"version" not in found:
             return None
-        return Route(model, int(version), digest.decode(), float(threshold) if threshold else None, int(generation))
+        candidate = None
+        if b"candidate_version" in found:
+            candidate = Candidate(
+                int(found[b"candidate_version"]),
+                found[b"candidate_digest"].decode(),
+                _threshold(found[b"candidate_threshold"]),
+                float(found[b"sample_fraction"]),
+            )
+        live = Live(int(found[b"version"]), found[b"digest"].decode(), _threshold(found[b"threshold"]))
+        return Route(model, live, candidate, int(found[b"generation"]), int(found.get(b"comparison", 0)))
 
     async def models(self) -> list[str]:
-        """Every model that has a route."""
+        """Every model that has a route, or had one and has frames left."""
         return sorted(name.decode() for name in await self._connection.command("SMEMBERS", MODELS))
 
-    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
-        """Make a version live."""
+    async def write(self, model: str, *, live: Live, candidate: Candidate | None = None) -> Route:
+        """Write the whole record."""
+        check_roles(live, candidate)
         await self._connection.command("SADD", MODELS, model)
         await self._connection.ensure_groups(model)
+        arguments: list[Any] = [live.version, live.digest, _text(live.threshold)]
+        if candidate is None:
+            arguments += ["", "", "", ""]
+        else:
+            fraction = repr(candidate.sample_fraction)
+            arguments += [candidate.version, candidate.digest, _text(candidate.threshold), fraction]
+        generation, comparison = await self._connection.script(ROUTE, self._keys(model), arguments)
+        return Route(model, live, candidate, int(generation), int(comparison))
+
+    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
+        """Make a version live and end any comparison."""
+        return await self.write(model, live=Live(version, digest, threshold))
+
+    async def remove(self, model: str) -> None:
+        """Delete the route; storage goes on with what is left."""
+        if await self._connection.script(UNROUTE, self._keys(model), []) == 0:
+            await self._connection.command("SREM", MODELS, model)
+
+    @staticmethod
+    def _keys(model: str) -> list[str]:
         start = prefix(model)
-        generation = await self._connection.script(
-            PROMOTE,
-            [f"{start}routing", f"{start}routing-changes"],
-            [version, digest, "" if threshold is None else repr(threshold)],
-        )
-        return Route(model, version, digest, threshold, int(generation))
+        return [f"{start}routing", f"{start}routing-changes", f"{start}frames"]
 
     async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
         """The route once it has changed, or after the wait."""
         key = f"{prefix(model)}routing-changes"
         await self._connection.command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", key, f"{generation}-0")
         return await self.get(model)
+
+
+def _threshold(text: bytes) -> float | None:
+    return float(text) if text else None
+
+
+def _text(threshold: float | None) -> str:
+    return "" if threshold is None else repr(threshold)
