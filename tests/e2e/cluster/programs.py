@@ -103,7 +103,7 @@ def _build(name: str, target: Path) -> None:
     go = shutil.which("go")
     if go is None:
         raise ProgramMissing(
-            f"{name} is built with Go: install it (https://go.dev/dl), or set VIGIL_KUBE_BIN to a folder that holds {name}"
+            f"{name} is built with Go: install Go (https://go.dev/dl), or set VIGIL_KUBE_BIN to a folder with {name}"
         )
     print(f"building {name} once, minutes on 2 cores", file=sys.stderr, flush=True)
     environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-trimpath -mod=mod"}
