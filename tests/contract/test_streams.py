@@ -241,3 +241,40 @@ async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: P
     assert len(await streams.source(M, "a").read(count=100, block_ms=100)) == 50
     await streams.close()
     server.stop()
+
+
+async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams) -> None:
+    log = streams.reviews
+    first = await log.put(M, "a1", b"one", b"\x00mask")
+    second = await log.put(M, "a2", b"two", b"")
+    assert await log.put(M, "a1", b"one", b"\x00mask") == first
+    found = await log.read(M, "0", count=10, block_ms=100)
+    assert [(one.remark_id, one.body, one.mask) for one in found] == [("a1", b"one", b"\x00mask"), ("a2", b"two", b"")]
+    assert [one.place for one in found] == [first, second]
+    assert await log.read(M, found[0].place, count=10, block_ms=10) == found[1:]
+    await log.done(M, found[:1])
+    assert await log.read(M, "0", count=10, block_ms=10) == found[1:]
+    await log.done(M, found[1:])
+    assert await log.read(M, "0", count=10, block_ms=10) == []
+    assert await log.read(M, found[1].place, count=10, block_ms=10) == []
+
+
+async def test_the_log_of_what_people_say_is_bounded(streams: Streams) -> None:
+    log = streams.reviews
+    for number in range(log.LIMIT):
+        assert await log.put(M, f"a{number}", b"x", b"")
+    assert await log.put(M, "more", b"x", b"") is None
+    assert await log.put(M, "a0", b"x", b"")
+    await log.done(M, await log.read(M, "0", count=1, block_ms=10))
+    assert await log.put(M, "more", b"x", b"")
+
+
+async def test_each_reviewer_has_been_given_what_was_given(streams: Streams) -> None:
+    log = streams.reviews
+    await log.give(M, "Ann", ["f1", "f2"])
+    await log.give(M, "Ann", ["f2", "f3"])
+    await log.give(M, "Bob", ["f9"])
+    await log.give(M, "Bob", [])
+    assert await log.given(M, "Ann") == {"f1", "f2", "f3"}
+    assert await log.given(M, "Bob") == {"f9"}
+    assert await log.given("other", "Ann") == set()

@@ -15,6 +15,7 @@ from vigil_common.streams.ports import (
     Live,
     QueuedFrame,
     QueuedOutcome,
+    QueuedRemark,
     Route,
     check_roles,
 )
@@ -75,6 +76,7 @@ class MemoryStreams:
         self._clock = clock
         self.queue = MemoryFrameQueue(self)
         self.routing = MemoryRouting(self)
+        self.reviews = MemoryReviewLog(self)
 
     def source(self, model: str, consumer: str) -> MemoryFrameSource:
         """A worker's side of a model."""
@@ -332,3 +334,51 @@ class MemoryRouting:
 
         await self._streams.until(moved, block_ms)
         return self._routes.get(model)
+
+
+class MemoryReviewLog:
+    """What people say, and what they were given."""
+
+    LIMIT = 256
+
+    def __init__(self, streams: MemoryStreams) -> None:
+        self._streams = streams
+        self._remarks: dict[str, dict[str, QueuedRemark]] = {}
+        self._given: dict[tuple[str, str], set[str]] = {}
+        self._last = 0
+
+    async def put(self, model: str, remark_id: str, body: bytes, mask: bytes) -> str | None:
+        """Its place in the log."""
+        remarks = self._remarks.setdefault(model, {})
+        if remark_id in remarks:
+            return remarks[remark_id].place
+        if len(remarks) >= self.LIMIT:
+            return None
+        self._last += 1
+        remarks[remark_id] = QueuedRemark(f"{self._last}-0", remark_id, body, mask)
+        await self._streams.changed()
+        return remarks[remark_id].place
+
+    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedRemark]:
+        """What was said after this place."""
+
+        def found() -> list[QueuedRemark]:
+            start = int(after.partition("-")[0])
+            remarks = self._remarks.get(model, {}).values()
+            return [one for one in remarks if int(one.place.partition("-")[0]) > start][:count]
+
+        await self._streams.until(lambda: bool(found()), block_ms)
+        return found()
+
+    async def done(self, model: str, remarks: Sequence[QueuedRemark]) -> None:
+        """Forget them."""
+        for one in remarks:
+            self._remarks.get(model, {}).pop(one.remark_id, None)
+
+    async def give(self, model: str, reviewer: str, frame_ids: Sequence[str]) -> None:
+        """Remember what a reviewer has been given."""
+        self._given.setdefault((model, reviewer), set()).update(frame_ids)
+
+    async def given(self, model: str, reviewer: str) -> set[str]:
+        """What a reviewer has been given."""
+        return set(self._given.get((model, reviewer), set()))

@@ -33,6 +33,7 @@ from vigil_common.streams.ports import (
     Live,
     QueuedFrame,
     QueuedOutcome,
+    QueuedRemark,
     Route,
     check_roles,
 )
@@ -68,6 +69,7 @@ class Script:
 ADMIT, EMIT, TRIM, ROUTE, UNROUTE, OWN = (
     Script.load(name) for name in ("admit", "emit", "trim", "route", "unroute", "own")
 )
+REMARK = Script.load("remark")
 
 
 @contextmanager
@@ -221,6 +223,7 @@ class RedisStreams:
         self._connection = connection
         self.queue = RedisFrameQueue(connection, budget_bytes=budget_bytes)
         self.routing = RedisRouting(connection)
+        self.reviews = RedisReviewLog(connection)
         self._dedup_window_s = dedup_window_s
 
     @classmethod
@@ -533,3 +536,57 @@ def _threshold(text: bytes) -> float | None:
 
 def _text(threshold: float | None) -> str:
     return "" if threshold is None else repr(threshold)
+
+
+class RedisReviewLog:
+    """What people say, in the stream `annotations` (ids that wait in `annotation-ids`), and what they were given."""
+
+    # Each may bring a mask; the store takes hundreds a second.
+    LIMIT = 256
+    GIVEN = 20_000
+    GIVEN_TTL_S = 30 * 86_400
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+
+    async def put(self, model: str, remark_id: str, body: bytes, mask: bytes) -> str | None:
+        """Its place in the log."""
+        start = prefix(model)
+        keys = [f"{start}annotations", f"{start}annotation-ids"]
+        try:
+            place: bytes = await self._connection.script(REMARK, keys, [remark_id, body, mask, self.LIMIT])
+        except OutOfMemoryError:
+            return None
+        return place.decode() or None
+
+    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedRemark]:
+        """What was said after this place."""
+        blocking = ("BLOCK", block_ms) if block_ms > 0 else ()
+        key = f"{prefix(model)}annotations"
+        reply = await self._connection.command("XREAD", "COUNT", count, *blocking, "STREAMS", key, after)
+        found = [(place.decode(), _fields(flat)) for place, flat in _entries(reply)]
+        return [QueuedRemark(place, said[b"i"].decode(), said[b"b"], said[b"m"]) for place, said in found]
+
+    async def done(self, model: str, remarks: Sequence[QueuedRemark]) -> None:
+        """Forget them; the ids first, so that a crash between the two leaves none that can't be said again."""
+        if remarks:
+            start = prefix(model)
+            await self._connection.command("HDEL", f"{start}annotation-ids", *(one.remark_id for one in remarks))
+            await self._connection.command("XDEL", f"{start}annotations", *(one.place for one in remarks))
+
+    async def give(self, model: str, reviewer: str, frame_ids: Sequence[str]) -> None:
+        """Remember what a reviewer has been given."""
+        if frame_ids:
+            key = self._given_key(model, reviewer)
+            at = (await self._connection.command("TIME"))[0].decode()
+            await self._connection.command("ZADD", key, *(part for one in frame_ids for part in (at, one)))
+            await self._connection.command("ZREMRANGEBYRANK", key, 0, -self.GIVEN - 1)
+            await self._connection.command("EXPIRE", key, self.GIVEN_TTL_S)
+
+    async def given(self, model: str, reviewer: str) -> set[str]:
+        """What a reviewer has been given."""
+        found = await self._connection.command("ZRANGE", self._given_key(model, reviewer), 0, -1)
+        return {one.decode() for one in found}
+
+    def _given_key(self, model: str, reviewer: str) -> str:
+        return f"{prefix(model)}given:{hashlib.sha256(reviewer.encode()).hexdigest()[:16]}"
