@@ -249,7 +249,7 @@ async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams)
     second = await log.put(M, "a2", b"two", b"")
     assert await log.put(M, "a1", b"one", b"\x00mask") == first
     found = await log.read(M, "0", count=10, block_ms=100)
-    assert [(one.remark_id, one.body, one.mask) for one in found] == [("a1", b"one", b"\x00mask"), ("a2", b"two", b"")]
+    assert [(one.annotation_id, one.body, one.mask) for one in found] == [("a1", b"one", b"\x00mask"), ("a2", b"two", b"")]
     assert [one.place for one in found] == [first, second]
     assert await log.read(M, found[0].place, count=10, block_ms=10) == found[1:]
     await log.done(M, found[:1])

@@ -15,7 +15,7 @@ from vigil_common.streams.ports import (
     Live,
     QueuedFrame,
     QueuedOutcome,
-    QueuedRemark,
+    QueuedAnnotation,
     Route,
     check_roles,
 )
@@ -343,37 +343,37 @@ class MemoryReviewLog:
 
     def __init__(self, streams: MemoryStreams) -> None:
         self._streams = streams
-        self._remarks: dict[str, dict[str, QueuedRemark]] = {}
+        self._annotations: dict[str, dict[str, QueuedAnnotation]] = {}
         self._given: dict[tuple[str, str], set[str]] = {}
         self._last = 0
 
-    async def put(self, model: str, remark_id: str, body: bytes, mask: bytes) -> str | None:
+    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> str | None:
         """Its place in the log."""
-        remarks = self._remarks.setdefault(model, {})
-        if remark_id in remarks:
-            return remarks[remark_id].place
-        if len(remarks) >= self.LIMIT:
+        annotations = self._annotations.setdefault(model, {})
+        if annotation_id in annotations:
+            return annotations[annotation_id].place
+        if len(annotations) >= self.LIMIT:
             return None
         self._last += 1
-        remarks[remark_id] = QueuedRemark(f"{self._last}-0", remark_id, body, mask)
+        annotations[annotation_id] = QueuedAnnotation(f"{self._last}-0", annotation_id, body, mask)
         await self._streams.changed()
-        return remarks[remark_id].place
+        return annotations[annotation_id].place
 
-    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedRemark]:
+    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:
         """What was said after this place."""
 
-        def found() -> list[QueuedRemark]:
+        def found() -> list[QueuedAnnotation]:
             start = int(after.partition("-")[0])
-            remarks = self._remarks.get(model, {}).values()
-            return [one for one in remarks if int(one.place.partition("-")[0]) > start][:count]
+            annotations = self._annotations.get(model, {}).values()
+            return [one for one in annotations if int(one.place.partition("-")[0]) > start][:count]
 
         await self._streams.until(lambda: bool(found()), block_ms)
         return found()
 
-    async def done(self, model: str, remarks: Sequence[QueuedRemark]) -> None:
+    async def done(self, model: str, annotations: Sequence[QueuedAnnotation]) -> None:
         """Forget them."""
-        for one in remarks:
-            self._remarks.get(model, {}).pop(one.remark_id, None)
+        for one in annotations:
+            self._annotations.get(model, {}).pop(one.annotation_id, None)
 
     async def give(self, model: str, reviewer: str, frame_ids: Sequence[str]) -> None:
         """Remember what a reviewer has been given."""

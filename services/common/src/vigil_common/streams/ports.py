@@ -272,18 +272,18 @@ class RoutingTable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class QueuedRemark:
+class QueuedAnnotation:
     """What a person said of a frame, on its way into the store.
 
     Attributes:
         place: Its place in the log; a later one was said later ("MILLISECONDS-NUMBER").
-        remark_id: The id that makes saying it again harmless.
+        annotation_id: The id that makes saying it again harmless.
         body: What was said, serialised.
         mask: Encoded mask; empty where there is none.
     """
 
     place: str
-    remark_id: str
+    annotation_id: str
     body: bytes
     mask: bytes
 
@@ -291,15 +291,15 @@ class QueuedRemark:
 class ReviewLog(Protocol):
     """What people say, safe until the store is known to keep it, and what each has been given to look at."""
 
-    async def put(self, model: str, remark_id: str, body: bytes, mask: bytes) -> str | None:
+    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> str | None:
         """Its place in the log, the same one while the id waits; None where there is no room."""
         ...
 
-    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedRemark]:
+    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:
         """What was said after this place ("0" to begin with), in order."""
         ...
 
-    async def done(self, model: str, remarks: Sequence[QueuedRemark]) -> None:
+    async def done(self, model: str, annotations: Sequence[QueuedAnnotation]) -> None:
         """They are confirmed in the store: forget them."""
         ...
 

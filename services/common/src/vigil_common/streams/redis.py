@@ -33,7 +33,7 @@ from vigil_common.streams.ports import (
     Live,
     QueuedFrame,
     QueuedOutcome,
-    QueuedRemark,
+    QueuedAnnotation,
     Route,
     check_roles,
 )
@@ -69,7 +69,7 @@ class Script:
 ADMIT, EMIT, TRIM, ROUTE, UNROUTE, OWN = (
     Script.load(name) for name in ("admit", "emit", "trim", "route", "unroute", "own")
 )
-REMARK = Script.load("remark")
+ANNOTATE = Script.load("annotate")
 
 
 @contextmanager
@@ -549,30 +549,32 @@ class RedisReviewLog:
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
 
-    async def put(self, model: str, remark_id: str, body: bytes, mask: bytes) -> str | None:
+    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> str | None:
         """Its place in the log."""
         start = prefix(model)
         keys = [f"{start}annotations", f"{start}annotation-ids"]
         try:
-            place: bytes = await self._connection.script(REMARK, keys, [remark_id, body, mask, self.LIMIT])
+            place: bytes = await self._connection.script(ANNOTATE, keys, [annotation_id, body, mask, self.LIMIT])
         except OutOfMemoryError:
             return None
         return place.decode() or None
 
-    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedRemark]:
+    async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:
         """What was said after this place."""
         blocking = ("BLOCK", block_ms) if block_ms > 0 else ()
         key = f"{prefix(model)}annotations"
         reply = await self._connection.command("XREAD", "COUNT", count, *blocking, "STREAMS", key, after)
         found = [(place.decode(), _fields(flat)) for place, flat in _entries(reply)]
-        return [QueuedRemark(place, said[b"i"].decode(), said[b"b"], said[b"m"]) for place, said in found]
+        return [QueuedAnnotation(place, said[b"i"].decode(), said[b"b"], said[b"m"]) for place, said in found]
 
-    async def done(self, model: str, remarks: Sequence[QueuedRemark]) -> None:
+    async def done(self, model: str, annotations: Sequence[QueuedAnnotation]) -> None:
         """Forget them; the ids first, so that a crash between the two leaves none that can't be said again."""
-        if remarks:
+        if annotations:
             start = prefix(model)
-            await self._connection.command("HDEL", f"{start}annotation-ids", *(one.remark_id for one in remarks))
-            await self._connection.command("XDEL", f"{start}annotations", *(one.place for one in remarks))
+            await self._connection.command(
+                "HDEL", f"{start}annotation-ids", *(one.annotation_id for one in annotations)
+            )
+            await self._connection.command("XDEL", f"{start}annotations", *(one.place for one in annotations))
 
     async def give(self, model: str, reviewer: str, frame_ids: Sequence[str]) -> None:
         """Remember what a reviewer has been given."""
