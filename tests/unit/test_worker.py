@@ -13,15 +13,17 @@ from google.rpc import error_details_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.memory import MemoryStreams
+from vigil_common.streams.ports import Candidate, Live, sampled
 from vigil_inference import worker as module
 from vigil_inference.pipeline import Judged
+from vigil_inference.roles import Role
 from vigil_inference.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from vigil_common.streams.memory import MemoryFrameSource
-    from vigil_common.streams.ports import Emission, QueuedFrame
+    from vigil_common.streams.ports import ComparedVerdict, Emission, QueuedFrame
 
 M = "cells"
 VERSION = types_pb2.ModelVersion(name=M, version=2, digest="sha256:two")
@@ -92,8 +94,10 @@ class Bench:
         self.pipeline = FakePipeline()
         self.source = WatchedSource(self.streams.source(M, "me"))
         self.stop = asyncio.Event()
+        self.shadow = WatchedSource(self.streams.candidate(M, "me", VERSION.digest))
         self.worker = Worker(
             self.source,
+            self.shadow,
             self.streams.routing,
             self.pipeline,  # type: ignore[arg-type]
             version=VERSION,
@@ -112,6 +116,14 @@ class Bench:
         data = made.SerializeToString() if header is None else header
         sha = hashlib.sha256(image).digest()
         await self.streams.queue.admit(M, frame_id=frame_id, sha256=sha, header=data, image=image, reply_to="r")
+
+    async def compare(self, *, fraction: float = 1.0, threshold: float | None = None) -> None:
+        candidate = Candidate(2, VERSION.digest, threshold, fraction)
+        await self.streams.routing.write(M, live=Live(1, "sha256:one"), candidate=candidate)
+
+    async def shown(self) -> list[ComparedVerdict]:
+        """What shadow has been told."""
+        return await self.streams.verdicts(M, "v").read("0-0", count=100, block_ms=0)
 
     async def promote(self, digest: str = VERSION.digest, threshold: float | None = None) -> None:
         await self.streams.routing.promote(M, version=2, digest=digest, threshold=threshold)
@@ -212,6 +224,76 @@ async def test_a_frame_in_hand_when_another_version_becomes_live_keeps_the_thres
         bench.pipeline.let.set()
         await bench.until(lambda: "f1" in bench.outcomes())
     assert bench.outcomes()["f1"].verdict.threshold == pytest.approx(0.8)
+
+
+async def test_a_candidate_tells_shadow_with_small_pictures_and_nobody_else() -> None:
+    bench = Bench()
+    await bench.compare(threshold=0.8)
+    await bench.admit("f1")
+    async with working(bench):
+        await bench.until(lambda: len(bench.shadow.emitted) == 1)
+        assert (bench.worker.role, bench.worker.threshold) == (Role.CANDIDATE, 0.8)
+    (told,) = await bench.shown()
+    verdict = types_pb2.Outcome.FromString(told.outcome).verdict
+    assert (told.candidate, told.frame_id, verdict.model, verdict.score) == (True, "f1", VERSION, 0.75)
+    assert verdict.label == types_pb2.LABEL_NORMAL
+    assert (verdict.anomaly_map.width, verdict.anomaly_map.data[1:4]) == (8, b"PNG")
+    assert verdict.mask.data[1:4] == b"PNG"
+    assert types_pb2.FrameHeader.FromString(told.header).frame_id == "f1"
+    assert bench.source.emitted == []
+    depth = await bench.streams.queue.depth(M)
+    assert (depth.unjudged, depth.unstored) == (1, 0)
+
+
+async def test_live_gives_shadow_small_pictures_and_storage_none_while_a_candidate_is_compared() -> None:
+    bench = Bench()
+    live, candidate = Live(2, VERSION.digest), Candidate(3, "sha256:three")
+    await bench.streams.routing.write(M, live=live, candidate=candidate)
+    await bench.admit("f1")
+    async with working(bench):
+        await bench.until(lambda: len(bench.source.emitted) == 1)
+    (emission,) = bench.source.emitted
+    assert not types_pb2.Outcome.FromString(emission.outcome).verdict.HasField("anomaly_map")
+    assert emission.reply is emission.outcome
+    (told,) = await bench.shown()
+    assert not told.candidate
+    assert types_pb2.Outcome.FromString(told.outcome).verdict.anomaly_map.width == 8
+
+
+async def test_a_candidate_judges_its_sample_alone() -> None:
+    bench = Bench()
+    await bench.compare(fraction=0.5)
+    names = [f"f{index}" for index in range(20)]
+    for name in names:
+        await bench.admit(name)
+    async with working(bench):
+        await bench.until(lambda: len(bench.shadow.emitted) == 20)
+    sample = [name for name in names if sampled(name, 0.5)]
+    assert [told.frame_id for told in await bench.shown()] == sample
+    assert len(bench.pipeline.judged) == len(sample) < 20
+
+
+async def test_what_a_candidate_can_not_judge_is_told_to_shadow_and_dead_for_nobody() -> None:
+    bench = Bench()
+    await bench.compare()
+    await bench.admit("f1", b"nan")
+    async with working(bench):
+        await bench.until(lambda: len(bench.shadow.emitted) == 1)
+    (told,) = await bench.shown()
+    assert reason(types_pb2.Outcome.FromString(told.outcome)) == "SCORE_NOT_FINITE"
+    assert bench.streams.state(M).dead == []
+
+
+async def test_a_promoted_candidate_goes_on_as_live_with_every_frame_live_had_left() -> None:
+    bench = Bench()
+    await bench.compare()
+    for index in range(3):
+        await bench.admit(f"f{index}")
+    async with working(bench):
+        await bench.until(lambda: len(bench.shadow.emitted) == 3)
+        await bench.promote()
+        await bench.until(lambda: len(bench.source.emitted) == 3)
+    assert sorted(bench.outcomes()) == ["f0", "f1", "f2"]
 
 
 async def test_no_more_than_prefetch_is_ever_in_hand() -> None:

@@ -109,6 +109,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         worker = Worker(
             streams.source(settings.model, consumer),
+            streams.candidate(settings.model, consumer, version.digest),
             streams.routing,
             pipeline,
             version=version,

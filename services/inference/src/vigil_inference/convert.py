@@ -12,11 +12,19 @@ from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput
 
 from vigil_inference import visualize
+from vigil_inference.roles import Role
 
 if TYPE_CHECKING:
     from vigil_inference.images import Pixels
     from vigil_inference.model import LoadedModel
     from vigil_inference.pipeline import Judged
+
+HALF = 128
+ROLES = {
+    Role.IDLE: inference_pb2.ROLE_UNSPECIFIED,
+    Role.LIVE: inference_pb2.ROLE_LIVE,
+    Role.CANDIDATE: inference_pb2.ROLE_CANDIDATE,
+}
 
 
 def wants_pictures(options: types_pb2.OutputOptions) -> bool:
@@ -71,6 +79,17 @@ def add_pictures(found: types_pb2.Verdict, judged: Judged, options: types_pb2.Ou
         _fill(found.visualization, drawn, jpeg=options.visualization_format == types_pb2.IMAGE_FORMAT_JPEG)
 
 
+def add_small_pictures(found: types_pb2.Verdict, judged: Judged) -> None:
+    """Map and mask as shadow compares them: grey PNGs of at most `visualize.SMALL` pixels a side, some kilobytes."""
+    mask = judged.mask
+    if judged.map is not None:
+        _fill(found.anomaly_map, visualize.small(visualize.map_pixels(judged.map)))
+        if mask is None:
+            mask = judged.map >= found.threshold
+    if mask is not None:
+        _fill(found.mask, (visualize.small(visualize.mask_pixels(mask)) >= HALF).astype(np.uint8) * np.uint8(255))
+
+
 def _fill(picture: types_pb2.Picture, pixels: Pixels, *, jpeg: bool = False) -> None:
     picture.format = types_pb2.IMAGE_FORMAT_JPEG if jpeg else types_pb2.IMAGE_FORMAT_PNG
     picture.data = visualize.encode(pixels, jpeg=jpeg)
@@ -78,7 +97,7 @@ def _fill(picture: types_pb2.Picture, pixels: Pixels, *, jpeg: bool = False) -> 
 
 
 def description(
-    model: LoadedModel, version: types_pb2.ModelVersion, *, threads: int, batch_size: int, live: bool
+    model: LoadedModel, version: types_pb2.ModelVersion, *, threads: int, batch_size: int, role: Role
 ) -> inference_pb2.DescribeResponse:
     """What is loaded."""
     manifest = model.manifest
@@ -95,7 +114,7 @@ def description(
         default_threshold=manifest.threshold,
         gives_map=manifest.outputs.map is not None,
         gives_mask=manifest.outputs.mask is not None,
-        role=inference_pb2.ROLE_LIVE if live else inference_pb2.ROLE_UNSPECIFIED,
+        role=ROLES[role],
         ready=True,
     )
     response.load_time.FromMicroseconds(round(model.load_s * 1e6))

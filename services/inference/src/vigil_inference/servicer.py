@@ -77,5 +77,5 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._version,
             threads=self._threads,
             batch_size=self._pipeline.batch_size,
-            live=self._worker.live,
+            role=self._worker.role,
         )

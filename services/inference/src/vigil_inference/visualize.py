@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 OUTLINE = np.array([255, 40, 40], dtype=np.uint8)
 HEAT_SHARE = 0.45
+# Pixels a side of what shadow compares: enough for where an anomaly is, small enough to travel with each verdict.
+SMALL = 64
 # Dark blue over green and yellow to red, a 256-entry table between these colours.
 STOPS = np.array([[20, 20, 110], [0, 120, 200], [40, 190, 110], [250, 220, 50], [210, 30, 30]], dtype=np.float64)
 HEAT = np.stack(
@@ -40,6 +42,16 @@ def map_pixels(anomaly_map: NDArray[np.float32]) -> Pixels:
 def mask_pixels(mask: NDArray[np.bool_]) -> Pixels:
     """A mask [H, W] as grey: 255 where anomalous."""
     return mask.astype(np.uint8) * np.uint8(255)
+
+
+def small(pixels: Pixels) -> Pixels:
+    """Grey pixels [H, W], averaged down to at most `SMALL` a side; fewer stay as they are."""
+    height, width = pixels.shape
+    if max(height, width) <= SMALL:
+        return pixels
+    share = SMALL / max(height, width)
+    size = max(1, round(width * share)), max(1, round(height * share))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
 
 
 def _outlined(canvas: Pixels, mask: NDArray[np.bool_]) -> Pixels:

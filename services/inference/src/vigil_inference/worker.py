@@ -1,10 +1,15 @@
-"""The stream loop: while its version is live, a worker reads frames, judges them, and emits verdicts."""
+"""The stream loop: while its version has a role, a worker reads frames, judges them, and emits verdicts.
+
+Live and candidate read the same stream in groups of their own. The role is what the route says now: a candidate that is
+promoted goes on as live without a restart, and what it has in hand still goes where it was read from.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from contextlib import suppress
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -13,9 +18,10 @@ from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, Unavailable, VigilError
 from vigil_common.grpc.errors import to_status
 from vigil_common.logging import get_logger
-from vigil_common.streams.ports import Emission, FrameSource, QueuedFrame, Route, RoutingTable
+from vigil_common.streams.ports import Emission, FrameSource, QueuedFrame, Route, RoutingTable, sampled
 
 from vigil_inference import convert
+from vigil_inference.roles import Role
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -47,8 +53,9 @@ class Worker:
     """One model version on one model's stream.
 
     Args:
-        source: The model's stream.
-        routing: Tells whether this version is live.
+        source: The model's stream, as live reads it.
+        shadow: The same, as a candidate reads it.
+        routing: Tells which role this version has.
         pipeline: Judges images.
         version: Which version this is.
         default_threshold: The bundle's.
@@ -59,6 +66,7 @@ class Worker:
     def __init__(
         self,
         source: FrameSource,
+        shadow: FrameSource,
         routing: RoutingTable,
         pipeline: Pipeline,
         *,
@@ -67,32 +75,38 @@ class Worker:
         prefetch: int,
         claim_idle_ms: int,
     ) -> None:
-        self._source = source
+        self._sources = {Role.LIVE: source, Role.CANDIDATE: shadow}
         self._routing = routing
         self._pipeline = pipeline
         self._version = version
         self._default_threshold = default_threshold
-        self._live_threshold = default_threshold
+        self._thresholds = dict.fromkeys(Role, default_threshold)
         self._claim_idle_ms = claim_idle_ms
         self._prefetch = prefetch
         self._room = asyncio.Semaphore(prefetch)
         self._route: Route | None = None
-        self._live = asyncio.Event()
-        self._in_hand: dict[str, asyncio.Task[None]] = {}
-        self._outbox: list[Emission] = []
+        self._role = Role.IDLE
+        self._working = asyncio.Event()
+        self._in_hand: dict[tuple[Role, str], asyncio.Task[None]] = {}
+        self._outbox: list[tuple[Role, Emission]] = []
         self._outgoing = asyncio.Event()
         self._emptied = asyncio.Event()
         self._emptied.set()
 
     @property
+    def role(self) -> Role:
+        """What this version does now."""
+        return self._role
+
+    @property
     def live(self) -> bool:
         """Whether this version is the live one."""
-        return self._live.is_set()
+        return self._role is Role.LIVE
 
     @property
     def threshold(self) -> float:
-        """The route's threshold where it has one, else the bundle's."""
-        return self._live_threshold if self.live else self._default_threshold
+        """The threshold of its role where the route has one, else the bundle's."""
+        return self._default_threshold if self._role is Role.IDLE else self._thresholds[self._role]
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until stopped; then finish what is in hand and emit it.
@@ -110,7 +124,7 @@ class Worker:
         for task in others:
             task.cancel()
         await asyncio.wait(others)
-        self._live.clear()
+        self._become(Role.IDLE)
         # A read is let end, within BLOCK_MS: frames that Redis has handed out already would wait for a claim.
         await asyncio.wait([reader])
         await asyncio.gather(*self._in_hand.values())
@@ -139,65 +153,82 @@ class Worker:
             route = await self._routing.get(self._version.name)
         else:
             route = await self._routing.wait(self._version.name, generation, block_ms=BLOCK_MS)
-        was_live = self.live
+        before = self._role
         self._route = route
+        role, asked = Role.IDLE, None
         if route is not None and route.live.digest == self._version.digest:
-            asked = route.live.threshold
-            self._live_threshold = self._default_threshold if asked is None else asked
-            self._live.set()
-        else:
-            self._live.clear()
-        if self.live != was_live:
-            log.info("role", live=self.live, model=self._version.name, version=self._version.version)
+            role, asked = Role.LIVE, route.live.threshold
+        elif route is not None and route.candidate and route.candidate.digest == self._version.digest:
+            role, asked = Role.CANDIDATE, route.candidate.threshold
+        if role is not Role.IDLE:
+            self._thresholds[role] = self._default_threshold if asked is None else asked
+        self._become(role)
+        if role is not before:
+            log.info("role", role=role.value, model=self._version.name, version=self._version.version)
         if route is None:
             await asyncio.sleep(RECONNECT_S)
 
+    def _become(self, role: Role) -> None:
+        self._role = role
+        if role is Role.IDLE:
+            self._working.clear()
+        else:
+            self._working.set()
+
     async def _read(self) -> None:
         """Take as many new frames as there is room for."""
-        if not self.live or len(self._outbox) >= OUTBOX_AT_MOST:
+        if not self._working.is_set() or len(self._outbox) >= OUTBOX_AT_MOST:
             with suppress(TimeoutError):
-                await asyncio.wait_for((self._emptied if self.live else self._live).wait(), BLOCK_MS / 1000)
+                event = self._emptied if self._working.is_set() else self._working
+                await asyncio.wait_for(event.wait(), BLOCK_MS / 1000)
             return
         await self._room.acquire()
-        if not self.live:  # meanwhile
+        if not self._working.is_set():  # meanwhile
             self._room.release()
             return
+        role = self._role
         count = 1
         while not self._room.locked() and count < self._prefetch:
             await self._room.acquire()
             count += 1
         frames: list[QueuedFrame] = []
         try:
-            frames = await self._source.read(count=count, block_ms=BLOCK_MS)
+            frames = await self._sources[role].read(count=count, block_ms=BLOCK_MS)
         finally:
             for _ in range(count - len(frames)):
                 self._room.release()
             for frame in frames:
-                self._take(frame)
+                self._take(role, frame)
 
     async def _claim(self) -> None:
         """Take over what others left."""
         await asyncio.sleep(self._claim_idle_ms / 3000)
-        if not self.live:
+        role = self._role
+        if role is Role.IDLE:
             return
-        claimed = await self._source.claim(min_idle_ms=self._claim_idle_ms, count=CLAIM_AT_MOST)
+        claimed = await self._sources[role].claim(min_idle_ms=self._claim_idle_ms, count=CLAIM_AT_MOST)
         # Our own, slow or waiting to be emitted; seen now, for they may be done by the time there is room.
-        ours = self._in_hand.keys() | {ready.entry_id for ready in self._outbox}
+        ours = self._in_hand.keys() | {(of, ready.entry_id) for of, ready in self._outbox}
         for frame in claimed:
-            if frame.entry_id not in ours:
+            if (role, frame.entry_id) not in ours:
                 await self._room.acquire()
-                self._take(frame)
+                self._take(role, frame)
 
-    def _take(self, frame: QueuedFrame) -> None:
-        task = asyncio.create_task(self._process(frame))
-        self._in_hand[frame.entry_id] = task
+    def _take(self, role: Role, frame: QueuedFrame) -> None:
+        task = asyncio.create_task(self._process(role, frame))
+        self._in_hand[role, frame.entry_id] = task
 
-    async def _process(self, frame: QueuedFrame) -> None:
+    async def _process(self, role: Role, frame: QueuedFrame) -> None:
         read_us = time.time_ns() // 1000
         header = types_pb2.FrameHeader()
+        emission: Emission | None
         try:
             header.ParseFromString(frame.header)
-            emission = await self._judged(frame, header, read_us=read_us)
+            compared = self._compared(header.frame_id)
+            if role is Role.CANDIDATE and not compared:
+                emission = Emission(frame.entry_id, header.frame_id, b"", b"")
+            else:
+                emission = await self._judged(role, frame, header, read_us=read_us, compared=compared)
         except DecodeError:
             emission = self._failed(frame, header, InvalidInput("HEADER_UNREADABLE", "the frame's header is broken"))
         except VigilError as error:
@@ -208,35 +239,47 @@ class Worker:
             FRAMES.labels("run_failed").inc()
             emission = None
         if emission:
-            self._outbox.append(emission)
+            self._outbox.append((role, emission))
             self._emptied.clear()
             self._outgoing.set()
-        del self._in_hand[frame.entry_id]
+        del self._in_hand[role, frame.entry_id]
         self._room.release()
 
-    async def _judged(self, frame: QueuedFrame, header: types_pb2.FrameHeader, *, read_us: int) -> Emission:
+    def _compared(self, frame_id: str) -> bool:
+        """Whether shadow will look at both versions' verdicts of this frame."""
+        candidate = self._route.candidate if self._route else None
+        return candidate is not None and sampled(frame_id, candidate.sample_fraction)
+
+    async def _judged(
+        self, role: Role, frame: QueuedFrame, header: types_pb2.FrameHeader, *, read_us: int, compared: bool
+    ) -> Emission:
         if frame.deliveries > MAX_DELIVERIES:
             raise InvalidInput(
                 "MAX_DELIVERIES", f"given up after {MAX_DELIVERIES} deliveries: each worker died or hung on it"
             )
         received_us = header.received_at.ToMicroseconds()
         QUEUED.observe(max(0, read_us - received_us) / 1e6)
-        pictures = header.HasField("outputs") and convert.wants_pictures(header.outputs)
-        judged = await self._pipeline.judge(frame.image, pictures=pictures)
+        pictures = role is Role.LIVE and header.HasField("outputs") and convert.wants_pictures(header.outputs)
+        judged = await self._pipeline.judge(frame.image, pictures=pictures or compared)
         INFERENCE.observe(judged.inference_s)
         found = convert.verdict(
             judged,
             frame_id=header.frame_id,
             model=self._version,
-            threshold=self._live_threshold,
+            threshold=self._thresholds[role],
             received_us=received_us,
             read_us=read_us,
         )
-        outcome = types_pb2.Outcome(frame_id=header.frame_id, verdict=found).SerializeToString()
-        reply = outcome
-        if judged.pixels is not None:
+        outcome = reply = _serialised(found)
+        shown = b""
+        if compared:
+            convert.add_small_pictures(found, judged)
+            shown = _serialised(found)
+        if pictures:
+            found.ClearField("anomaly_map")
+            found.ClearField("mask")
             await asyncio.to_thread(convert.add_pictures, found, judged, header.outputs)
-            reply = types_pb2.Outcome(frame_id=header.frame_id, verdict=found).SerializeToString()
+            reply = _serialised(found)
         FRAMES.labels("judged").inc()
         log.debug(
             "frame_judged",
@@ -245,13 +288,15 @@ class Worker:
             label=types_pb2.Label.Name(found.label),
             duration_s=found.timing.total.ToTimedelta().total_seconds(),
         )
-        return Emission(frame.entry_id, header.frame_id, outcome, reply)
+        if role is Role.CANDIDATE:
+            return Emission(frame.entry_id, header.frame_id, shown, b"", header=frame.header)
+        return Emission(frame.entry_id, header.frame_id, outcome, reply, compared=shown)
 
     def _failed(self, frame: QueuedFrame, header: types_pb2.FrameHeader, error: VigilError) -> Emission:
         FRAMES.labels(error.reason.lower()).inc()
         log.info("frame_dead", **self._context(header), reason=error.reason)
         data = types_pb2.Outcome(frame_id=header.frame_id, failure=to_status(error)).SerializeToString()
-        return Emission(frame.entry_id, header.frame_id, data, data, error.reason)
+        return Emission(frame.entry_id, header.frame_id, data, data, error.reason, header=frame.header)
 
     def _context(self, header: types_pb2.FrameHeader) -> dict[str, str | int]:
         """What every line on a frame says; the second field of a traceparent is the trace."""
@@ -266,11 +311,16 @@ class Worker:
     async def _emit(self) -> None:
         """Send what is ready; what becomes ready meanwhile goes with the next."""
         await self._outgoing.wait()
-        batch = self._outbox[:EMIT_AT_MOST]
-        won = await self._source.emit(batch)
+        role = self._outbox[0][0]
+        batch = [emission for _, emission in takewhile(lambda one: one[0] is role, self._outbox[:EMIT_AT_MOST])]
+        won = await self._sources[role].emit(batch)
         del self._outbox[: len(batch)]
         if not self._outbox:
             self._outgoing.clear()
             self._emptied.set()
         if not all(won):
             log.info("others_were_first", frames=won.count(False))
+
+
+def _serialised(found: types_pb2.Verdict) -> bytes:
+    return types_pb2.Outcome(frame_id=found.frame_id, verdict=found).SerializeToString()

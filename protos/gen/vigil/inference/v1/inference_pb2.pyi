@@ -30,6 +30,8 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
     """Not in the routing table: loaded, idle."""
     ROLE_LIVE: _Role.ValueType  # 1
+    ROLE_CANDIDATE: _Role.ValueType  # 2
+    """Judges the frames in shadow, beside live."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """What a worker does with the frames of its model."""
@@ -37,6 +39,8 @@ class Role(_Role, metaclass=_RoleEnumTypeWrapper):
 ROLE_UNSPECIFIED: Role.ValueType  # 0
 """Not in the routing table: loaded, idle."""
 ROLE_LIVE: Role.ValueType  # 1
+ROLE_CANDIDATE: Role.ValueType  # 2
+"""Judges the frames in shadow, beside live."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,27 @@ from vigil_common.streams.ports import (
     Admission,
     Admitted,
     Candidate,
+    ComparedVerdict,
     Depth,
     Live,
+    QueuedAnnotation,
     QueuedFrame,
     QueuedOutcome,
-    QueuedAnnotation,
+    ReportPlace,
     Route,
     check_roles,
+    sampled,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from vigil_common.streams.ports import Emission
+    from vigil_common.streams.ports import Disagreed, Emission, ReportStep
 
 ENTRY_OVERHEAD_BYTES = 512
+SHADOW_VERDICTS_AT_MOST = 16_384
+SHADOW_FRAMES_AT_MOST = 1_000
+DISAGREEMENTS_AT_MOST = 1_000
 
 
 @dataclass(slots=True)
@@ -58,7 +65,26 @@ class _Model:
     owner: str = ""
     owned_until: float = 0.0
     last_id: int = 0
-    route: Route | None = None
+    compared_from: int = 0
+    shadow_delivered: int = 0
+    shadow_pending: dict[int, _Pending] = field(default_factory=dict)
+    shadow_verdicts: dict[int, ComparedVerdict] = field(default_factory=dict)
+    shadow_number: int = 0
+    shadow_owner: str = ""
+    shadow_owned_until: float = 0.0
+    last_comparison: int = 0
+    reports: dict[str, _Report] = field(default_factory=dict)
+    cursors: dict[str, tuple[str, int]] = field(default_factory=dict)
+    comparisons: dict[int, bytes] = field(default_factory=dict)
+    comparison_delivered: int = 0
+
+
+@dataclass(slots=True)
+class _Report:
+    fields: dict[str, str] = field(default_factory=dict)
+    joint: Counter[str] = field(default_factory=Counter)
+    open: dict[str, bytes] = field(default_factory=dict)
+    worst: dict[str, Disagreed] = field(default_factory=dict)
 
 
 class MemoryStreams:
@@ -76,15 +102,28 @@ class MemoryStreams:
         self._clock = clock
         self.queue = MemoryFrameQueue(self)
         self.routing = MemoryRouting(self)
+        self.reports = MemoryReports(self)
         self.reviews = MemoryReviewLog(self)
 
     def source(self, model: str, consumer: str) -> MemoryFrameSource:
         """A worker's side of a model."""
         return MemoryFrameSource(self, model, consumer)
 
+    def candidate(self, model: str, consumer: str, digest: str) -> MemoryCandidateSource:
+        """A worker's side of a model whose candidate it is."""
+        return MemoryCandidateSource(self, model, consumer, digest)
+
     def outcomes(self, model: str, consumer: str) -> MemoryOutcomeSource:
         """Storage's side of a model."""
         return MemoryOutcomeSource(self, model, consumer)
+
+    def comparisons(self, model: str) -> MemoryComparisonSource:
+        """Storage's side of a model's comparisons."""
+        return MemoryComparisonSource(self, model)
+
+    def verdicts(self, model: str, consumer: str) -> MemoryVerdictSource:
+        """Shadow's side of a model."""
+        return MemoryVerdictSource(self, model, consumer)
 
     def state(self, model: str) -> _Model:
         """What is known of a model."""
@@ -92,8 +131,12 @@ class MemoryStreams:
 
     def held_bytes(self, model: str) -> int:
         """Bytes counted against the budget."""
-        frames = self.state(model).frames.values()
-        return sum(len(frame.header) + len(frame.image) + ENTRY_OVERHEAD_BYTES for frame in frames)
+        return sum(map(self.size, self.state(model).frames.values()))
+
+    @staticmethod
+    def size(frame: QueuedFrame) -> int:
+        """What a frame counts against the budget."""
+        return len(frame.header) + len(frame.image) + ENTRY_OVERHEAD_BYTES
 
     async def until(self, condition: Callable[[], bool], block_ms: int) -> None:
         """Wait for a condition, at most so long."""
@@ -178,33 +221,44 @@ class MemoryFrameSource:
 
     def __init__(self, streams: MemoryStreams, model: str, consumer: str) -> None:
         self._streams = streams
+        self._model = model
         self._state = streams.state(model)
         self._consumer = consumer
 
+    @property
+    def _pending(self) -> dict[int, _Pending]:
+        return self._state.pending
+
+    def _unread(self) -> list[int]:
+        return [entry for entry in self._state.frames if entry > self._state.delivered]
+
+    def _delivered(self, entry: int) -> None:
+        self._state.delivered = entry
+
     async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
         """New frames for this consumer."""
-        state = self._state
-        await self._streams.until(lambda: any(entry > state.delivered for entry in state.frames), block_ms)
-        entries = [entry for entry in state.frames if entry > state.delivered][:count]
+        await self._streams.until(lambda: bool(self._unread()), block_ms)
+        entries = self._unread()[:count]
         for entry in entries:
-            state.delivered = entry
-            state.pending[entry] = _Pending(self._consumer, self._streams.now(), 1)
-        return [state.frames[entry] for entry in entries]
+            self._delivered(entry)
+            self._pending[entry] = _Pending(self._consumer, self._streams.now(), 1)
+        return [self._state.frames[entry] for entry in entries]
 
     async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
         """Frames that another consumer left."""
         now = self._streams.now()
         claimed: list[QueuedFrame] = []
-        for entry, pending in sorted(self._state.pending.items()):
+        for entry, pending in sorted(self._pending.items()):
             if (now - pending.since) * 1000 >= min_idle_ms and len(claimed) < count:
                 deliveries = pending.deliveries + 1
-                self._state.pending[entry] = _Pending(self._consumer, now, deliveries)
+                self._pending[entry] = _Pending(self._consumer, now, deliveries)
                 claimed.append(replace(self._state.frames[entry], deliveries=deliveries))
         return claimed
 
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
         """Outcome, reply and acknowledgement in one step."""
         state, won = self._state, []
+        route = await self._streams.routing.get(self._model)
         for emission in emissions:
             entry = int(emission.entry_id)
             won.append(state.pending.pop(entry, None) is not None)
@@ -220,11 +274,54 @@ class MemoryFrameSource:
                 known.judged = emission.outcome
             if known.reply_to:
                 state.replies.setdefault(known.reply_to, []).append(emission.reply)
+            candidate = route.candidate if route and entry > state.compared_from else None
+            if route and candidate and sampled(emission.frame_id, candidate.sample_fraction):
+                self._show(route, emission, emission.compared or emission.outcome, candidate=False)
         await self._streams.changed()
         return won
 
+    def _show(self, route: Route, emission: Emission, outcome: bytes, *, candidate: bool) -> None:
+        """Give one side's outcome to shadow."""
+        self._state.shadow_number += 1
+        number = self._state.shadow_number
+        header = emission.header if candidate else b""
+        self._state.shadow_verdicts[number] = ComparedVerdict(
+            f"{number}-0", number, route.comparison, candidate, emission.frame_id, outcome, header
+        )
+        self._state.shadow_verdicts.pop(number - SHADOW_VERDICTS_AT_MOST, None)
+
     async def close(self) -> None:
         """Nothing to release."""
+
+
+class MemoryCandidateSource(MemoryFrameSource):
+    """A candidate's side of one model."""
+
+    def __init__(self, streams: MemoryStreams, model: str, consumer: str, digest: str) -> None:
+        super().__init__(streams, model, consumer)
+        self._digest = digest
+
+    @property
+    def _pending(self) -> dict[int, _Pending]:
+        return self._state.shadow_pending
+
+    def _unread(self) -> list[int]:
+        return [entry for entry in self._state.frames if entry > self._state.shadow_delivered]
+
+    def _delivered(self, entry: int) -> None:
+        self._state.shadow_delivered = entry
+
+    async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
+        """Outcome for shadow and acknowledgement in one step."""
+        won = []
+        route = await self._streams.routing.get(self._model)
+        for emission in emissions:
+            won.append(self._state.shadow_pending.pop(int(emission.entry_id), None) is not None)
+            compared = route is not None and route.candidate is not None and route.candidate.digest == self._digest
+            if won[-1] and emission.outcome and route and compared:
+                self._show(route, emission, emission.outcome, candidate=True)
+        await self._streams.changed()
+        return won
 
 
 class MemoryOutcomeSource:
@@ -232,6 +329,7 @@ class MemoryOutcomeSource:
 
     def __init__(self, streams: MemoryStreams, model: str, consumer: str) -> None:
         self._streams = streams
+        self._model = model
         self._state = streams.state(model)
         self._consumer = consumer
         self._pending_after = 0
@@ -272,6 +370,21 @@ class MemoryOutcomeSource:
         """Drop what nobody needs any more."""
         state = self._state
         low = min([*state.pending, *state.unstored, state.delivered + 1])
+        route = await self._streams.routing.get(self._model)
+        if route and route.candidate:
+            wanted = min([*state.shadow_pending, state.shadow_delivered + 1])
+            held = [entry for entry in state.frames if entry >= wanted]
+            held_bytes = sum(self._streams.size(state.frames[entry]) for entry in held)
+            if wanted < low and len(held) <= SHADOW_FRAMES_AT_MOST and held_bytes <= self._streams.budget_bytes / 2:
+                low = wanted
+            elif wanted < low:
+                late = [entry for entry in state.shadow_pending if entry < low]
+                unseen = [entry for entry in state.frames if state.shadow_delivered < entry < low]
+                for entry in late:
+                    del state.shadow_pending[entry]
+                state.shadow_delivered = max(state.shadow_delivered, low - 1)
+                fields = state.reports.setdefault(str(route.comparison), _Report()).fields
+                fields["skipped"] = str(int(fields.get("skipped", "0")) + len(late) + len(unseen))
         gone = [entry for entry in state.frames if entry < low]
         for entry in gone:
             del state.frames[entry]
@@ -314,6 +427,24 @@ class MemoryRouting:
             if (before.live.digest, before.live.threshold, old.digest, old.threshold) == versions:
                 comparison = before.comparison
         route = self._routes[model] = Route(model, live, candidate, generation, comparison)
+        state = self._streams.state(model)
+        if comparison == generation:
+            state.compared_from = state.shadow_delivered = state.last_id
+            state.last_comparison = comparison
+        if not candidate or comparison == generation:
+            state.shadow_pending.clear()
+        if candidate:
+            report = state.reports.setdefault(str(comparison), _Report())
+            report.fields |= {
+                "live_version": str(live.version),
+                "live_digest": live.digest,
+                "live_threshold": "" if live.threshold is None else repr(live.threshold),
+                "candidate_version": str(candidate.version),
+                "candidate_digest": candidate.digest,
+                "candidate_threshold": "" if candidate.threshold is None else repr(candidate.threshold),
+                "sample_fraction": repr(candidate.sample_fraction),
+                "started_at_ms": str(int(time.time()) * 1000),
+            }
         await self._streams.changed()
         return route
 
@@ -382,3 +513,125 @@ class MemoryReviewLog:
     async def given(self, model: str, reviewer: str) -> set[str]:
         """What a reviewer has been given."""
         return set(self._given.get((model, reviewer), set()))
+
+
+class MemoryVerdictSource:
+    """Shadow's side of one model."""
+
+    def __init__(self, streams: MemoryStreams, model: str, consumer: str) -> None:
+        self._streams = streams
+        self._state = streams.state(model)
+        self._consumer = consumer
+
+    async def own(self, *, ttl_ms: int) -> bool:
+        """Take or renew the lease."""
+        now = self._streams.now()
+        if self._state.shadow_owner not in ("", self._consumer) and now < self._state.shadow_owned_until:
+            return False
+        self._state.shadow_owner = self._consumer if ttl_ms else ""
+        self._state.shadow_owned_until = now + ttl_ms / 1000
+        return True
+
+    async def read(self, after: str, *, count: int, block_ms: int) -> list[ComparedVerdict]:
+        """Verdicts after this place."""
+        place = int(after.partition("-")[0])
+        await self._streams.until(lambda: any(number > place for number in self._state.shadow_verdicts), block_ms)
+        return [one for number, one in self._state.shadow_verdicts.items() if number > place][:count]
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        await self.own(ttl_ms=0)
+
+
+class MemoryReports:
+    """Reports of comparisons."""
+
+    def __init__(self, streams: MemoryStreams) -> None:
+        self._streams = streams
+
+    def _report(self, model: str, run: str) -> _Report:
+        return self._streams.state(model).reports.setdefault(run, _Report())
+
+    async def latest(self, model: str) -> str | None:
+        """The run of the comparison under way, or of the last one."""
+        last = self._streams.state(model).last_comparison
+        return str(last) if last else None
+
+    async def place(self, model: str, run: str) -> ReportPlace:
+        """Where to go on."""
+        place, number = self._streams.state(model).cursors.get(_cursor(run), ("0-0", 0))
+        return ReportPlace(place, number, dict(self._report(model, run).open))
+
+    async def commit(self, model: str, run: str, step: ReportStep) -> bool:
+        """Add a step, all of it or nothing."""
+        state, report = self._streams.state(model), self._report(model, run)
+        if state.cursors.get(_cursor(run), ("0-0", 0))[0] != step.after:
+            return False
+        state.cursors[_cursor(run)] = (step.upto, step.number)
+        for name, value in step.adds.items():
+            report.fields[name] = str(int(report.fields.get(name, "0")) + value)
+        for name, value in step.greatest.items():
+            report.fields[name] = str(max(value, int(report.fields.get(name, "-1"))))
+        report.joint.update(step.joint)
+        report.open.update(step.open)
+        report.open = {frame: found for frame, found in report.open.items() if found}
+        report.worst |= {one.frame_id: one for one in step.disagreements}
+        worst = sorted(report.worst.values(), key=lambda one: one.severity, reverse=True)[:DISAGREEMENTS_AT_MOST]
+        report.worst = {one.frame_id: one for one in worst}
+        for comparison in step.comparisons:
+            state.comparisons[max(state.comparisons, default=state.comparison_delivered) + 1] = comparison
+        if _cursor(run) == _cursor(""):
+            last = int(step.upto.partition("-")[0])
+            state.shadow_verdicts = {n: one for n, one in state.shadow_verdicts.items() if n > last}
+        await self._streams.changed()
+        return True
+
+    async def begin(self, model: str, run: str, fields: Mapping[str, str]) -> None:
+        """Write fields that describe a run."""
+        report = self._report(model, run)
+        report.fields = {**fields, **report.fields}
+
+    async def fields(self, model: str, run: str) -> dict[str, str]:
+        """Counts and what describes the run."""
+        return dict(self._report(model, run).fields)
+
+    async def joint(self, model: str, run: str) -> dict[str, int]:
+        """The joint histogram's cells."""
+        return dict(self._report(model, run).joint)
+
+    async def worst(self, model: str, run: str, *, start: int, count: int) -> list[bytes]:
+        """Details of disagreements, worst first."""
+        return [one.detail for one in list(self._report(model, run).worst.values())[start : start + count]]
+
+
+def _cursor(run: str) -> str:
+    return run if run.startswith("replay-") else ""
+
+
+class MemoryComparisonSource:
+    """Comparisons on their way to storage."""
+
+    def __init__(self, streams: MemoryStreams, model: str) -> None:
+        self._streams = streams
+        self._state = streams.state(model)
+        self._pending_after = 0
+
+    async def read(self, *, count: int, block_ms: int, pending: bool = False) -> list[tuple[str, bytes]]:
+        """Places and Comparisons, or those that were taken and not finished."""
+        state = self._state
+        if pending:
+            known = sorted(place for place in state.comparisons if place <= state.comparison_delivered)
+            places = [place for place in known if place > self._pending_after][:count]
+            self._pending_after = places[-1] if places else 0
+        else:
+            await self._streams.until(
+                lambda: any(place > state.comparison_delivered for place in state.comparisons), block_ms
+            )
+            places = sorted(place for place in state.comparisons if place > state.comparison_delivered)[:count]
+            state.comparison_delivered = max(places, default=state.comparison_delivered)
+        return [(str(place), state.comparisons[place]) for place in places]
+
+    async def done(self, places: Sequence[str]) -> None:
+        """Forget them."""
+        for place in places:
+            self._state.comparisons.pop(int(place), None)

@@ -3,18 +3,23 @@
 The way of a frame: `FrameQueue.admit` (ingest) → `FrameSource.read` (worker) → `FrameSource.emit` (verdict and
 acknowledgement as one step) → `ReplySource.read` (ingest) and `OutcomeSource.read` (storage) → `OutcomeSource.done`
 once the store has confirmed it. Everything is per model.
+
+Shadow's way beside it: while a candidate is compared, `FrameSource.emit` also copies live's outcome to the shadow
+verdicts, and a candidate's source emits there alone. `VerdictSource.read` gives both to the shadow service, which keeps
+its report by `ReportStore.commit`, one step at a time; each comparison goes on to storage by `ComparisonSource`.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from vigil_common.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class Admission(enum.Enum):
@@ -63,9 +68,12 @@ class Emission:
     Attributes:
         entry_id: The frame's place in the stream.
         frame_id: The frame's id.
-        outcome: Serialised Outcome for storage, without pictures.
-        reply: Serialised Outcome for the client, with pictures where asked for.
+        outcome: Serialised Outcome for storage, without pictures; a candidate's is for shadow, with small ones, and
+            empty for a frame outside its sample.
+        reply: Serialised Outcome for the client, with pictures where asked for; a candidate's is never sent.
         dead_reason: Set where the frame could not be judged.
+        compared: Serialised Outcome for shadow, with small pictures; empty where it is the outcome.
+        header: Serialised FrameHeader; only a candidate's is read.
     """
 
     entry_id: str
@@ -73,6 +81,8 @@ class Emission:
     outcome: bytes
     reply: bytes
     dead_reason: str = ""
+    compared: bytes = b""
+    header: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +241,12 @@ class Route:
     comparison: int = 0
 
 
+def sampled(frame_id: str, fraction: float) -> bool:
+    """Whether a frame is in a sample: the same answer for the same id, everywhere, and nested in larger samples."""
+    place = int(hashlib.sha1(frame_id.encode(), usedforsecurity=False).hexdigest()[:8], 16)
+    return place / 2**32 < fraction
+
+
 def check_roles(live: Live, candidate: Candidate | None) -> None:
     """Raise `InvalidInput` CANDIDATE_IS_LIVE where a version would be compared with itself."""
     if candidate is not None and candidate.digest == live.digest:
@@ -309,4 +325,132 @@ class ReviewLog(Protocol):
 
     async def given(self, model: str, reviewer: str) -> set[str]:
         """What a reviewer has been given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedVerdict:
+    """One side's outcome of a frame that is compared.
+
+    Attributes:
+        entry_id: Its place in the stream.
+        number: Counts all of them; a gap is what fell off before it was read.
+        comparison: Which one it belongs to.
+        candidate: Whether it is the candidate's.
+        frame_id: The frame's id.
+        outcome: Serialised Outcome.
+        header: Serialised FrameHeader on the candidate's.
+    """
+
+    entry_id: str
+    number: int
+    comparison: int
+    candidate: bool
+    frame_id: str
+    outcome: bytes
+    header: bytes
+
+
+class VerdictSource(Protocol):
+    """Shadow's side of one model; one owner at a time."""
+
+    async def own(self, *, ttl_ms: int) -> bool:
+        """Take or renew the lease on this model's comparison; False while another holds it."""
+        ...
+
+    async def read(self, after: str, *, count: int, block_ms: int) -> list[ComparedVerdict]:
+        """Verdicts after this place."""
+        ...
+
+    async def close(self) -> None:
+        """Release the lease."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreed:
+    """A frame of which both versions say different things; `detail` is a serialised Disagreement."""
+
+    frame_id: str
+    severity: float
+    detail: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReportStep:
+    """What one step adds to a report.
+
+    Attributes:
+        after: The place that it was computed from.
+        upto: The place it ends at.
+        number: Of the last verdict read.
+        adds: What to add to which field.
+        greatest: Fields that keep the greatest value, of 0 and more.
+        joint: What to add to which cell of the joint histogram.
+        open: Frames between their first verdict and being forgotten; empty bytes forget.
+        disagreements: The worst are kept.
+        comparisons: Serialised Comparisons for storage.
+    """
+
+    after: str
+    upto: str
+    number: int
+    adds: Mapping[str, int] = field(default_factory=dict)
+    greatest: Mapping[str, int] = field(default_factory=dict)
+    joint: Mapping[str, int] = field(default_factory=dict)
+    open: Mapping[str, bytes] = field(default_factory=dict)
+    disagreements: Sequence[Disagreed] = ()
+    comparisons: Sequence[bytes] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReportPlace:
+    """How far a report has read, and which frames are open (see `ReportStep`)."""
+
+    place: str
+    number: int
+    open: Mapping[str, bytes]
+
+
+class ReportStore(Protocol):
+    """Reports of comparisons; a run is a comparison's number, or `replay-ID`, which has a place of its own."""
+
+    async def latest(self, model: str) -> str | None:
+        """The run of the comparison under way, or of the last one; None where there has been none."""
+        ...
+
+    async def place(self, model: str, run: str) -> ReportPlace:
+        """Where to go on."""
+        ...
+
+    async def commit(self, model: str, run: str, step: ReportStep) -> bool:
+        """Add a step, all of it or nothing; False where the report stands elsewhere than the step began."""
+        ...
+
+    async def begin(self, model: str, run: str, fields: Mapping[str, str]) -> None:
+        """Write fields that describe a run; those that are there already stay."""
+        ...
+
+    async def fields(self, model: str, run: str) -> dict[str, str]:
+        """Counts and what describes the run; empty where there is no such report."""
+        ...
+
+    async def joint(self, model: str, run: str) -> dict[str, int]:
+        """The joint histogram's cells."""
+        ...
+
+    async def worst(self, model: str, run: str, *, start: int, count: int) -> list[bytes]:
+        """Details of disagreements, worst first."""
+        ...
+
+
+class ComparisonSource(Protocol):
+    """Comparisons on their way to storage; read by whoever owns the model's outcomes."""
+
+    async def read(self, *, count: int, block_ms: int, pending: bool = False) -> list[tuple[str, bytes]]:
+        """Places and serialised Comparisons; with `pending`, those that were taken and not finished."""
+        ...
+
+    async def done(self, places: Sequence[str]) -> None:
+        """They are on their frames: forget them."""
         ...

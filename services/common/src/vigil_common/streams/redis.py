@@ -3,6 +3,11 @@
 Keys of a model share the hash tag `{MODEL}`: `frames` and `verdicts` (streams), `unstored` (frames judged and not yet
 confirmed by storage, by entry id), `budget` (bytes ever admitted, and those before the head: their difference is what
 the queue holds), `frame:ID` (deduplication and where the reply goes), `replies:REPLICA`, `dead`, `routing`, `owner`.
+
+Of a comparison: `shadow-verdicts` (stream, both sides, numbered by `shadow-sequence`), `shadow-owner`, `shadow-cursor`
+(how far the report has read), `comparisons` (stream, to storage), and per run `shadow-report:RUN` (counts),
+`shadow-joint:RUN` (joint histogram of scores), `shadow-open:RUN` (frames that wait for their pair), `shadow-worst:RUN`
+and `shadow-details:RUN` (the worst disagreements).
 """
 
 from __future__ import annotations
@@ -28,23 +33,35 @@ from vigil_common.streams.ports import (
     Admission,
     Admitted,
     Candidate,
+    ComparedVerdict,
     Depth,
     Emission,
     Live,
+    QueuedAnnotation,
     QueuedFrame,
     QueuedOutcome,
-    QueuedAnnotation,
+    ReportPlace,
+    ReportStep,
     Route,
     check_roles,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 # An entry costs this much more than its image (header, offsets, listpack), by measurement.
 ENTRY_OVERHEAD_BYTES = 512
 LIVE = "live"
+SHADOW = "shadow"
 STORAGE = "storage"
+# Shadow verdicts that wait for the shadow service; what falls off is counted as lost.
+SHADOW_VERDICTS_AT_MOST = 16_384
+# Frames that the queue may hold for a candidate that is behind live.
+SHADOW_FRAMES_AT_MOST = 1_000
+# Comparisons that wait for storage, and disagreements that a report keeps.
+COMPARISONS_AT_MOST = 100_000
+DISAGREEMENTS_AT_MOST = 1_000
+REPORT_KEPT_S = 30 * 86_400
 # Storage has one owner at a time, so its consumer has one name and finds its own pending entries again.
 OWNER = "owner"
 MODELS = "vigil:models"
@@ -66,8 +83,8 @@ class Script:
         return cls(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-ADMIT, EMIT, TRIM, ROUTE, UNROUTE, OWN = (
-    Script.load(name) for name in ("admit", "emit", "trim", "route", "unroute", "own")
+ADMIT, EMIT, EMIT_CANDIDATE, TRIM, ROUTE, UNROUTE, OWN, REPORT = (
+    Script.load(name) for name in ("admit", "emit", "emit_candidate", "trim", "route", "unroute", "own", "report")
 )
 ANNOTATE = Script.load("annotate")
 
@@ -152,8 +169,8 @@ class _Connection:
                     future.set_result(final)
 
     async def ensure_groups(self, model: str) -> None:
-        """Create both groups from the very beginning of their streams."""
-        for stream, group in (("frames", LIVE), ("verdicts", STORAGE)):
+        """Create the groups that nothing goes on without, from the very beginning of their streams."""
+        for stream, group in (("frames", LIVE), ("verdicts", STORAGE), ("comparisons", STORAGE)):
             try:
                 await self.command("XGROUP", "CREATE", f"{prefix(model)}{stream}", group, "0", "MKSTREAM")
             except ResponseError as error:
@@ -223,6 +240,7 @@ class RedisStreams:
         self._connection = connection
         self.queue = RedisFrameQueue(connection, budget_bytes=budget_bytes)
         self.routing = RedisRouting(connection)
+        self.reports = RedisReports(connection)
         self.reviews = RedisReviewLog(connection)
         self._dedup_window_s = dedup_window_s
 
@@ -254,9 +272,21 @@ class RedisStreams:
         """A worker's side of a model."""
         return RedisFrameSource(self._connection, model, consumer, self._dedup_window_s)
 
+    def candidate(self, model: str, consumer: str, digest: str) -> RedisCandidateSource:
+        """A worker's side of a model whose candidate it is."""
+        return RedisCandidateSource(self._connection, model, consumer, digest)
+
     def outcomes(self, model: str, consumer: str) -> RedisOutcomeSource:
         """Storage's side of a model."""
         return RedisOutcomeSource(self._connection, model, consumer)
+
+    def comparisons(self, model: str) -> RedisComparisonSource:
+        """Storage's side of a model's comparisons."""
+        return RedisComparisonSource(self._connection, model)
+
+    def verdicts(self, model: str, consumer: str) -> RedisVerdictSource:
+        """Shadow's side of a model."""
+        return RedisVerdictSource(self._connection, model, consumer)
 
     async def ping(self) -> None:
         """Raise `Unavailable` where nobody answers."""
@@ -345,6 +375,8 @@ class RedisFrameQueue:
 class RedisFrameSource:
     """A worker's side of one model."""
 
+    group = LIVE
+
     def __init__(self, connection: _Connection, model: str, consumer: str, dedup_window_s: int) -> None:
         self._connection = connection
         self._model = model
@@ -356,7 +388,7 @@ class RedisFrameSource:
     async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
         """New frames for this consumer."""
         entries = await self._connection.read_group(
-            self._model, "frames", LIVE, self._consumer, after=">", count=count, block_ms=block_ms
+            self._model, "frames", self.group, self._consumer, after=">", count=count, block_ms=block_ms
         )
         return [_frame(entry_id, fields) for entry_id, fields in entries]
 
@@ -364,7 +396,7 @@ class RedisFrameSource:
         """Frames that another consumer left; goes on where the last call ended."""
         try:
             cursor, entries, *lost = await self._connection.command(
-                "XAUTOCLAIM", self._key, LIVE, self._consumer, min_idle_ms, self._cursor, "COUNT", count
+                "XAUTOCLAIM", self._key, self.group, self._consumer, min_idle_ms, self._cursor, "COUNT", count
             )
         except ResponseError as error:
             if "NOGROUP" not in str(error):
@@ -378,7 +410,7 @@ class RedisFrameSource:
             return []
         with translated():
             pending = await self._connection.commands(
-                [("XPENDING", self._key, LIVE, entry_id, entry_id, 1) for entry_id, _ in entries]
+                [("XPENDING", self._key, self.group, entry_id, entry_id, 1) for entry_id, _ in entries]
             )
         return [
             _frame(entry_id, fields, deliveries=int(found[0][3]))
@@ -389,15 +421,51 @@ class RedisFrameSource:
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
         """Outcome, reply and acknowledgement in one step."""
         start = prefix(self._model)
-        arguments: list[Any] = [start, self._dedup_window_s]
+        arguments: list[Any] = [start, self._dedup_window_s, SHADOW_VERDICTS_AT_MOST]
         for emission in emissions:
             reply = b"" if emission.reply == emission.outcome else emission.reply
             arguments += [emission.entry_id, emission.frame_id, emission.outcome, reply, emission.dead_reason]
-        keys = [f"{start}frames", f"{start}verdicts", f"{start}unstored", f"{start}dead"]
+            arguments.append(emission.compared)
+        names = ("frames", "verdicts", "unstored", "dead", "routing", "shadow-verdicts", "shadow-sequence")
+        keys = [f"{start}{name}" for name in names]
         return [won == 1 for won in await self._connection.script(EMIT, keys, arguments)]
 
     async def close(self) -> None:
         """Nothing of its own to release."""
+
+
+class RedisCandidateSource(RedisFrameSource):
+    """A candidate's side of one model: reads in shadow's group, and emits to shadow alone."""
+
+    group = SHADOW
+
+    def __init__(self, connection: _Connection, model: str, consumer: str, digest: str) -> None:
+        super().__init__(connection, model, consumer, 0)
+        self._digest = digest
+
+    async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
+        """New frames for this consumer; none where the comparison has just ended."""
+        try:
+            reply = await self._connection.command(
+                *("XREADGROUP", "GROUP", SHADOW, self._consumer, "COUNT", count, "BLOCK", max(1, block_ms)),
+                *("STREAMS", self._key, ">"),
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+                raise
+            # The route, which made the group, is about to say so; until then this must not spin.
+            await asyncio.sleep(block_ms / 1000)
+            return []
+        return [_frame(entry_id, fields) for entry_id, fields in _entries(reply)]
+
+    async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
+        """Outcome for shadow and acknowledgement in one step."""
+        start = prefix(self._model)
+        arguments: list[Any] = [self._digest, SHADOW_VERDICTS_AT_MOST]
+        for emission in emissions:
+            arguments += [emission.entry_id, emission.frame_id, emission.outcome, emission.header]
+        keys = [f"{start}{name}" for name in ("frames", "routing", "shadow-verdicts", "shadow-sequence")]
+        return [won == 1 for won in await self._connection.script(EMIT_CANDIDATE, keys, arguments)]
 
 
 def _frame(entry_id: bytes, flat: Any, *, deliveries: int = 1) -> QueuedFrame:
@@ -454,8 +522,8 @@ class RedisOutcomeSource:
 
     async def trim(self) -> int:
         """Drop what nobody needs any more."""
-        keys = [f"{self._start}{name}" for name in ("frames", "verdicts", "unstored", "budget")]
-        return max(0, int(await self._connection.script(TRIM, keys, [])))
+        keys = [f"{self._start}{name}" for name in ("frames", "verdicts", "unstored", "budget", "routing")]
+        return max(0, int(await self._connection.script(TRIM, keys, [self._start, SHADOW_FRAMES_AT_MOST])))
 
     async def close(self) -> None:
         """Give the lease back."""
@@ -500,7 +568,7 @@ class RedisRouting:
         check_roles(live, candidate)
         await self._connection.command("SADD", MODELS, model)
         await self._connection.ensure_groups(model)
-        arguments: list[Any] = [live.version, live.digest, _text(live.threshold)]
+        arguments: list[Any] = [prefix(model), REPORT_KEPT_S, live.version, live.digest, _text(live.threshold)]
         if candidate is None:
             arguments += ["", "", "", ""]
         else:
@@ -528,6 +596,146 @@ class RedisRouting:
         key = f"{prefix(model)}routing-changes"
         await self._connection.command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", key, f"{generation}-0")
         return await self.get(model)
+
+
+class RedisVerdictSource:
+    """Shadow's side of one model."""
+
+    def __init__(self, connection: _Connection, model: str, consumer: str) -> None:
+        self._connection = connection
+        self._consumer = consumer
+        self._start = prefix(model)
+
+    async def own(self, *, ttl_ms: int) -> bool:
+        """Take or renew the lease."""
+        owned = await self._connection.script(OWN, [f"{self._start}shadow-owner"], [self._consumer, ttl_ms])
+        return bool(owned == 1)
+
+    async def read(self, after: str, *, count: int, block_ms: int) -> list[ComparedVerdict]:
+        """Verdicts after this place."""
+        key = f"{self._start}shadow-verdicts"
+        reply = await self._connection.command("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", key, after)
+        found = ((entry_id, _fields(flat)) for entry_id, flat in _entries(reply))
+        return [
+            ComparedVerdict(
+                entry_id.decode(),
+                int(fields[b"n"]),
+                int(fields[b"c"]),
+                fields[b"s"] == b"candidate",
+                fields[b"f"].decode(),
+                fields[b"o"],
+                fields[b"h"],
+            )
+            for entry_id, fields in found
+        ]
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        await self.own(ttl_ms=0)
+
+
+class RedisReports:
+    """Reports of comparisons."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+
+    async def latest(self, model: str) -> str | None:
+        """The run of the comparison under way, or of the last one."""
+        run = await self._connection.command("HGET", f"{prefix(model)}routing", "last_comparison")
+        return None if run is None else run.decode()
+
+    async def place(self, model: str, run: str) -> ReportPlace:
+        """Where to go on."""
+        start = prefix(model)
+        place, number = await self._connection.command("HMGET", f"{start}{_cursor(run)}", "place", "number")
+        flat = await self._connection.command("HGETALL", f"{start}shadow-open:{run}")
+        found = {frame.decode(): state for frame, state in _fields(flat or []).items()}
+        return ReportPlace((place or b"0-0").decode(), int(number or 0), found)
+
+    async def commit(self, model: str, run: str, step: ReportStep) -> bool:
+        """Add a step, all of it or nothing."""
+        start = prefix(model)
+        kinds = ("report", "joint", "open", "worst", "details")
+        keys = [f"{start}{_cursor(run)}", *(f"{start}shadow-{kind}:{run}" for kind in kinds)]
+        keys += [f"{start}comparisons", f"{start}shadow-verdicts"]
+        replayed = _cursor(run) != _cursor("")
+        arguments: list[Any] = [step.after, step.upto, step.number]
+        arguments += [REPORT_KEPT_S, DISAGREEMENTS_AT_MOST, COMPARISONS_AT_MOST, "0" if replayed else "1"]
+        for mapping in (step.adds, step.greatest, step.joint, step.open):
+            arguments.append(len(mapping))
+            for item in mapping.items():
+                arguments += item
+        arguments.append(len(step.disagreements))
+        for one in step.disagreements:
+            arguments += [one.frame_id, one.severity, one.detail]
+        arguments += [len(step.comparisons), *step.comparisons]
+        return bool(await self._connection.script(REPORT, keys, arguments) == 1)
+
+    async def begin(self, model: str, run: str, fields: Mapping[str, str]) -> None:
+        """Write fields that describe a run; those that are there already stay."""
+        key = f"{prefix(model)}shadow-report:{run}"
+        commands = [("HSETNX", key, name, value) for name, value in fields.items()]
+        with translated():
+            _raise_errors(await self._connection.commands([*commands, ("EXPIRE", key, REPORT_KEPT_S)]))
+
+    async def fields(self, model: str, run: str) -> dict[str, str]:
+        """Counts and what describes the run."""
+        flat = await self._connection.command("HGETALL", f"{prefix(model)}shadow-report:{run}")
+        return {name.decode(): value.decode() for name, value in _fields(flat or []).items()}
+
+    async def joint(self, model: str, run: str) -> dict[str, int]:
+        """The joint histogram's cells, bit by bit: whole, it would keep the server from its other callers."""
+        found: dict[str, int] = {}
+        cursor: bytes | int = 0
+        while True:
+            cursor, flat = await self._connection.command(
+                "HSCAN", f"{prefix(model)}shadow-joint:{run}", cursor, "COUNT", 1_000
+            )
+            found |= {cell.decode(): int(count) for cell, count in _fields(flat).items()}
+            if int(cursor) == 0:
+                return found
+
+    async def worst(self, model: str, run: str, *, start: int, count: int) -> list[bytes]:
+        """Details of disagreements, worst first."""
+        key = f"{prefix(model)}shadow-worst:{run}"
+        frames = await self._connection.command("ZREVRANGE", key, start, start + count - 1)
+        if not frames:
+            return []
+        details = await self._connection.command("HMGET", f"{prefix(model)}shadow-details:{run}", *frames)
+        return [detail for detail in details if detail is not None]
+
+
+def _cursor(run: str) -> str:
+    """Comparisons follow each other on one stream and share its place; each replay has its own."""
+    return f"shadow-cursor:{run}" if run.startswith("replay-") else "shadow-cursor"
+
+
+class RedisComparisonSource:
+    """Comparisons on their way to storage."""
+
+    def __init__(self, connection: _Connection, model: str) -> None:
+        self._connection = connection
+        self._model = model
+        self._key = f"{prefix(model)}comparisons"
+        self._pending_after = "0"
+
+    async def read(self, *, count: int, block_ms: int, pending: bool = False) -> list[tuple[str, bytes]]:
+        """Places and Comparisons, or those that were taken and not finished."""
+        after = self._pending_after if pending else ">"
+        entries = await self._connection.read_group(
+            self._model, "comparisons", STORAGE, OWNER, after=after, count=count, block_ms=block_ms
+        )
+        if pending:
+            self._pending_after = entries[-1][0].decode() if entries else "0"
+        return [(entry_id.decode(), _fields(flat)[b"c"]) for entry_id, flat in entries if flat]
+
+    async def done(self, places: Sequence[str]) -> None:
+        """Forget them."""
+        if not places:
+            return
+        await self._connection.command("XACK", self._key, STORAGE, *places)
+        await self._connection.command("XDEL", self._key, *places)
 
 
 def _threshold(text: bytes) -> float | None:

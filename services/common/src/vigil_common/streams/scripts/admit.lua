@@ -15,7 +15,7 @@ local total = tonumber(budget[1] or '0')
 local size = tonumber(ARGV[5])
 if total - tonumber(budget[2] or '0') + size > tonumber(ARGV[6]) then return {'full'} end
 local id = redis.call('XADD', KEYS[1], '*', 'h', ARGV[2], 'i', ARGV[3], 'o', total)
-redis.call('HSET', KEYS[2], 'total', total + size)
+redis.call('HSET', KEYS[2], 'total', total + size, 'limit', ARGV[6])
 redis.call('HSET', KEYS[3], 'd', ARGV[1], 's', id, 'r', ARGV[4])
 redis.call('EXPIRE', KEYS[3], ARGV[7])
 return {'admitted'}

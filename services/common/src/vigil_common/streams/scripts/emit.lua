@@ -1,10 +1,23 @@
 #!lua flags=allow-oom
 -- Outcome, reply and acknowledgement as one step; a frame acknowledged before emits nothing.
--- KEYS: frames, verdicts, unstored, dead.  ARGV: prefix, window_s, then per frame: entry, frame_id, outcome,
--- reply ('' where it is the outcome), dead_reason.
+-- KEYS: frames, verdicts, unstored, dead, routing, shadow-verdicts, shadow-sequence.
+-- ARGV: prefix, window_s, most shadow verdicts, then per frame: entry, frame_id, outcome, reply ('' where it is the
+-- outcome), dead_reason, compared ('' where it is the outcome).
+-- While a candidate is compared, a copy goes to shadow, of sampled frames admitted since then: what is compared is
+-- decided here, in the same step, so that both sides agree on it. It is numbered, so that what falls off shows as a gap.
 local first = {}
-for i = 3, #ARGV, 5 do
-  local entry, frame_id, outcome, reply, dead = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
+local compared = redis.call('HMGET', KEYS[5], 'comparison', 'compared_from', 'sample_fraction')
+local from_ms, from_seq
+if compared[1] then from_ms, from_seq = string.match(compared[2], '^(%d+)-(%d+)$') end
+local function shown(entry, frame_id)
+  if not compared[1] then return false end
+  local ms, seq = string.match(entry, '^(%d+)-(%d+)$')
+  ms, seq = tonumber(ms), tonumber(seq)
+  if ms < tonumber(from_ms) or (ms == tonumber(from_ms) and seq <= tonumber(from_seq)) then return false end
+  return tonumber(string.sub(redis.sha1hex(frame_id), 1, 8), 16) / 4294967296 < tonumber(compared[3])
+end
+for i = 4, #ARGV, 6 do
+  local entry, frame_id, outcome, reply, dead, copy = unpack(ARGV, i, i + 5)
   local won = redis.call('XACK', KEYS[1], 'live', entry)
   first[#first + 1] = won
   if won == 1 then
@@ -22,6 +35,11 @@ for i = 3, #ARGV, 5 do
         redis.call('XADD', replies, 'MAXLEN', '~', 1000, '*', 'o', reply == '' and outcome or reply)
         redis.call('EXPIRE', replies, 3600)
       end
+    end
+    if shown(entry, frame_id) then
+      local number = redis.call('INCR', KEYS[7])
+      redis.call('XADD', KEYS[6], 'MAXLEN', ARGV[3], '*', 'n', number, 's', 'live', 'c', compared[1],
+        'f', frame_id, 'o', copy == '' and outcome or copy, 'h', '')
     end
   end
 end

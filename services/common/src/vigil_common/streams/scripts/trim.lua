@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Drops what nobody needs any more, from the heads only.
--- KEYS: frames, verdicts, unstored, budget.  Returns how many frames went, -1 where a group is missing.
+-- KEYS: frames, verdicts, unstored, budget, routing.  ARGV: prefix, frames that the queue may hold for shadow's sake.
+-- Returns how many frames went, -1 where a group is missing.
 local function low_water(key, group)
   local found
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', key)) do
@@ -10,9 +11,16 @@ local function low_water(key, group)
   end
   if not found then return nil end
   local ms, seq = string.match(found['last-delivered-id'], '^(%d+)-(%d+)$')
+  local unread = ms .. '-' .. tostring(tonumber(seq) + 1)
   local pending = redis.call('XPENDING', key, group, '-', '+', 1)
-  if pending[1] then return string.match(pending[1][1], '^(%d+)-(%d+)$') end
-  return ms, tostring(tonumber(seq) + 1)
+  if pending[1] then
+    ms, seq = string.match(pending[1][1], '^(%d+)-(%d+)$')
+    return ms, seq, unread
+  end
+  return ms, tostring(tonumber(seq) + 1), unread
+end
+local function earlier(ms, seq, than_ms, than_seq)
+  return tonumber(ms) < tonumber(than_ms) or (ms == than_ms and tonumber(seq) < tonumber(than_seq))
 end
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('EXISTS', KEYS[2]) == 0 then return -1 end
 local ms, seq = low_water(KEYS[1], 'live')
@@ -23,19 +31,52 @@ if unstored[1] then
   -- Within one millisecond the set is in text order, so -10 stands before -2.
   for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], unstored[2], unstored[2])) do
     local store_ms, store_seq = string.match(entry, '^(%d+)-(%d+)$')
-    local earlier = tonumber(store_ms) < tonumber(ms)
-    if earlier or (store_ms == ms and tonumber(store_seq) < tonumber(seq)) then ms, seq = store_ms, store_seq end
+    if earlier(store_ms, store_seq, ms, seq) then ms, seq = store_ms, store_seq end
   end
 end
-local trimmed = redis.call('XTRIM', KEYS[1], 'MINID', ms .. '-' .. seq)
-redis.call('XTRIM', KEYS[2], 'MINID', outcome_ms .. '-' .. outcome_seq)
-if trimmed > 0 then
+local trimmed = 0
+local function trim(id)
+  local count = redis.call('XTRIM', KEYS[1], 'MINID', id)
+  trimmed = trimmed + count
+  return count
+end
+local function held_bytes()
   local head = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)
-  local offset = redis.call('HGET', KEYS[4], 'total')
+  local total = redis.call('HGET', KEYS[4], 'total') or '0'
+  local offset = total
   if head[1] then
     local fields = head[1][2]
     for i = 1, #fields, 2 do if fields[i] == 'o' then offset = fields[i + 1] end end
   end
-  redis.call('HSET', KEYS[4], 'head', offset or 0)
+  redis.call('HSET', KEYS[4], 'head', offset)
+  return tonumber(total) - tonumber(offset)
 end
+local comparison = redis.call('HGET', KEYS[5], 'comparison')
+local shadow_ms, shadow_seq, unread
+if comparison then shadow_ms, shadow_seq, unread = low_water(KEYS[1], 'shadow') end
+if shadow_ms and earlier(shadow_ms, shadow_seq, ms, seq) then
+  -- Shadow is behind. What it has yet to judge stays while there are few such frames and the queue is less than half
+  -- full; then shadow goes on where live is. So it never costs live a frame, and what it skips is counted.
+  trim(shadow_ms .. '-' .. shadow_seq)
+  local limit = tonumber(redis.call('HGET', KEYS[4], 'limit') or 'inf')
+  if redis.call('XLEN', KEYS[1]) > tonumber(ARGV[2]) or held_bytes() > limit / 2 then
+    local target = ms .. '-' .. seq
+    local skipped = 0
+    local pending = redis.call('XPENDING', KEYS[1], 'shadow', '-', '(' .. target, 10000)
+    for _, entry in ipairs(pending) do skipped = skipped + redis.call('XACK', KEYS[1], 'shadow', entry[1]) end
+    trim(unread)
+    local unseen = trim(target)
+    if unseen > 0 then
+      skipped = skipped + unseen
+      local before = seq == '0' and string.format('%.0f-18446744073709551615', tonumber(ms) - 1)
+        or string.format('%s-%.0f', ms, tonumber(seq) - 1)
+      redis.call('XGROUP', 'SETID', KEYS[1], 'shadow', before)
+    end
+    redis.call('HINCRBY', ARGV[1] .. 'shadow-report:' .. comparison, 'skipped', skipped)
+  end
+else
+  trim(ms .. '-' .. seq)
+end
+redis.call('XTRIM', KEYS[2], 'MINID', outcome_ms .. '-' .. outcome_seq)
+if trimmed > 0 then held_bytes() end
 return trimmed

@@ -1,0 +1,252 @@
+"""What shadow needs of the backbone, of the memory fake and of a real Valkey alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from vigil_common.streams import memory, redis
+from vigil_common.streams.memory import MemoryStreams
+from vigil_common.streams.ports import Candidate, Disagreed, Emission, Live, ReportStep, Route, sampled
+from vigil_common.streams.redis import RedisStreams
+
+from tests.support.valkey import ValkeyProcess
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from vigil_common.streams.ports import QueuedFrame
+
+M = "cells"
+BUDGET = 100_000
+LIVE, CANDIDATE = Live(1, "sha256:1"), Candidate(2, "sha256:2")
+Streams = MemoryStreams | RedisStreams
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
+    server = ValkeyProcess(tmp_path_factory.mktemp("valkey")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "valkey"])
+async def streams(request: pytest.FixtureRequest, valkey: ValkeyProcess) -> AsyncIterator[Streams]:
+    if request.param == "memory":
+        yield MemoryStreams(budget_bytes=BUDGET)
+        return
+    real = await RedisStreams.connect(valkey.url, budget_bytes=BUDGET)
+    await real.queue._connection.command("FLUSHALL")
+    yield real
+    await real.close()
+
+
+async def compare(streams: Streams, fraction: float = 1.0) -> Route:
+    return await streams.routing.write(M, live=LIVE, candidate=replace(CANDIDATE, sample_fraction=fraction))
+
+
+async def admit(streams: Streams, *frame_ids: str, size: int = 1000) -> None:
+    for frame_id in frame_ids:
+        image = b"x" * size
+        await streams.queue.admit(M, frame_id=frame_id, sha256=b"s", header=b"h", image=image, reply_to="")
+
+
+async def judge(streams: Streams, *frame_ids: str) -> None:
+    """Live judges the next frames, which are these."""
+    source = streams.source(M, "live")
+    frames = await source.read(count=len(frame_ids), block_ms=100)
+    assert len(frames) == len(frame_ids)
+    outcomes = [
+        Emission(frame.entry_id, frame_id, b"o", b"o", compared=b"live " + frame_id.encode())
+        for frame, frame_id in zip(frames, frame_ids, strict=True)
+    ]
+    assert all(await source.emit(outcomes))
+
+
+async def store(streams: Streams) -> int:
+    """Storage confirms everything there is; how many frames went."""
+    outcomes = streams.outcomes(M, "s")
+    await outcomes.done(await outcomes.read(count=5000, block_ms=10))
+    return await outcomes.trim()
+
+
+def shown(frame: QueuedFrame, frame_id: str) -> Emission:
+    return Emission(frame.entry_id, frame_id, b"candidate " + frame_id.encode(), b"", header=frame.header)
+
+
+async def skipped(streams: Streams, route: Route) -> int:
+    return int((await streams.reports.fields(M, str(route.comparison))).get("skipped", "0"))
+
+
+async def test_both_verdicts_of_a_frame_reach_shadow_numbered_and_only_live_s_reaches_storage(streams: Streams) -> None:
+    route = await compare(streams)
+    await admit(streams, "f1")
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    (frame,) = await candidate.read(count=10, block_ms=100)
+    assert await candidate.emit([shown(frame, "f1")]) == [True]
+    assert await candidate.emit([shown(frame, "f1")]) == [False]
+    await judge(streams, "f1")
+    first, second = await streams.verdicts(M, "v").read("0-0", count=10, block_ms=100)
+    assert (first.candidate, first.outcome, first.header) == (True, b"candidate f1", b"h")
+    assert (second.candidate, second.outcome, second.frame_id) == (False, b"live f1", "f1")
+    assert (first.number, second.number) == (1, 2)
+    assert {first.comparison, second.comparison} == {route.comparison}
+    outcomes = await streams.outcomes(M, "s").read(count=10, block_ms=100)
+    assert [outcome.outcome for outcome in outcomes] == [b"o"]
+
+
+async def test_without_a_candidate_nothing_goes_to_shadow(streams: Streams) -> None:
+    await streams.routing.write(M, live=LIVE)
+    await admit(streams, "f1")
+    await judge(streams, "f1")
+    assert await streams.verdicts(M, "v").read("0-0", count=10, block_ms=10) == []
+
+
+async def test_frames_admitted_before_the_comparison_are_in_neither_side(streams: Streams) -> None:
+    await streams.routing.write(M, live=LIVE)
+    await admit(streams, "before")
+    await compare(streams)
+    await admit(streams, "after")
+    frames = await streams.candidate(M, "c", CANDIDATE.digest).read(count=10, block_ms=100)
+    assert len(frames) == 1
+    await judge(streams, "before", "after")
+    verdicts = await streams.verdicts(M, "v").read("0-0", count=10, block_ms=100)
+    assert [verdict.frame_id for verdict in verdicts] == ["after"]
+
+
+async def test_the_sample_is_the_same_for_both_sides_and_grows_into_larger_ones(streams: Streams) -> None:
+    names = [f"frame-{index}" for index in range(60)]
+    tenth, half = ({name for name in names if sampled(name, part)} for part in (0.1, 0.5))
+    assert 0 < len(tenth) < len(half) < len(names)
+    assert tenth < half
+    await compare(streams, 0.5)
+    await admit(streams, *names, size=100)
+    await judge(streams, *names)
+    verdicts = await streams.verdicts(M, "v").read("0-0", count=100, block_ms=100)
+    assert {verdict.frame_id for verdict in verdicts} == half
+
+
+async def test_a_version_that_is_no_candidate_any_more_tells_shadow_nothing(streams: Streams) -> None:
+    await compare(streams)
+    await admit(streams, "f1")
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    (frame,) = await candidate.read(count=1, block_ms=100)
+    await streams.routing.write(M, live=LIVE, candidate=Candidate(3, "sha256:3"))
+    await candidate.emit([shown(frame, "f1")])
+    await streams.routing.write(M, live=LIVE)
+    assert await candidate.emit([shown(frame, "f1")]) == [False]
+    assert await candidate.read(count=1, block_ms=10) == []
+    assert await streams.verdicts(M, "v").read("0-0", count=10, block_ms=10) == []
+
+
+async def test_frames_that_the_candidate_has_yet_to_judge_wait_for_it(streams: Streams) -> None:
+    route = await compare(streams)
+    await admit(streams, "f1", "f2")
+    await judge(streams, "f1", "f2")
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    (first,) = await candidate.read(count=1, block_ms=100)
+    assert await store(streams) == 0
+    await candidate.emit([shown(first, "f1")])
+    assert await store(streams) == 1
+    (second,) = await candidate.read(count=1, block_ms=100)
+    assert second.image == b"x" * 1000
+    assert await skipped(streams, route) == 0
+
+
+@pytest.mark.parametrize("by", ["frames", "bytes"])
+async def test_a_candidate_far_behind_goes_on_where_live_is_and_the_skipped_are_counted(
+    streams: Streams, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "frames":
+        monkeypatch.setattr(memory, "SHADOW_FRAMES_AT_MOST", 5)
+        monkeypatch.setattr(redis, "SHADOW_FRAMES_AT_MOST", 5)
+    names = [f"f{index}" for index in range(8)]
+    route = await compare(streams)
+    await admit(streams, *names, size=1000 if by == "frames" else 7000)
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    held = await candidate.read(count=2, block_ms=100)
+    await judge(streams, *names[:6])
+    assert await store(streams) == 6
+    assert await skipped(streams, route) == 6
+    assert await candidate.emit([shown(held[0], "f0")]) == [False]
+    assert await candidate.claim(min_idle_ms=0, count=10) == []
+    assert len(await candidate.read(count=10, block_ms=100)) == 2
+    await store(streams)
+    assert await skipped(streams, route) == 6
+    # Live is as it would be without: it finds what it has yet to judge.
+    await judge(streams, *names[6:])
+
+
+async def test_a_step_counts_once_however_often_it_is_tried(streams: Streams) -> None:
+    await compare(streams)
+    step = ReportStep("0-0", "5-0", 7, {"pairs": 3}, {"greatest": 9}, {"1:2": 3}, {"f1": b"l"}, (), (b"one",))
+    assert await streams.reports.commit(M, "1", step)
+    assert not await streams.reports.commit(M, "1", step)
+    after = ReportStep("5-0", "6-0", 8, {"pairs": 1}, {"greatest": 4}, {"1:2": 1}, {"f1": b"", "f2": b"c"})
+    assert await streams.reports.commit(M, "1", after)
+    fields = await streams.reports.fields(M, "1")
+    assert (fields["pairs"], fields["greatest"]) == ("4", "9")
+    assert await streams.reports.joint(M, "1") == {"1:2": 4}
+    place = await streams.reports.place(M, "1")
+    assert (place.place, place.number, place.open) == ("6-0", 8, {"f2": b"c"})
+    comparisons = streams.comparisons(M)
+    ((entry, blob),) = await comparisons.read(count=10, block_ms=100)
+    assert blob == b"one"
+    assert await comparisons.read(count=10, block_ms=0) == []
+    assert await comparisons.read(count=10, block_ms=0, pending=True) == [(entry, b"one")]
+    await comparisons.done([entry])
+    assert await comparisons.read(count=10, block_ms=0, pending=True) == []
+
+
+async def test_reports_of_different_runs_are_apart_and_a_replay_has_its_own_place(streams: Streams) -> None:
+    await streams.reports.begin(M, "replay-a", {"candidate_version": "2", "pairs": "0"})
+    assert await streams.reports.commit(M, "replay-a", ReportStep("0-0", "9-0", 0, {"pairs": 1}))
+    await streams.reports.begin(M, "replay-a", {"candidate_version": "3", "pairs": "0"})
+    assert (await streams.reports.fields(M, "replay-a")) == {"candidate_version": "2", "pairs": "1"}
+    assert (await streams.reports.place(M, "replay-a")).place == "9-0"
+    assert (await streams.reports.place(M, "7")).place == "0-0"
+    assert await streams.reports.fields(M, "7") == {}
+
+
+async def test_the_worst_disagreements_come_first_and_only_so_many_are_kept(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "DISAGREEMENTS_AT_MOST", 3)
+    found = [Disagreed(f"f{index}", severity, b"%d" % index) for index, severity in enumerate((0.1, 0.9, 0.5, 0.7))]
+    assert await streams.reports.commit(M, "1", ReportStep("0-0", "1-0", 1, disagreements=found))
+    assert await streams.reports.worst(M, "1", start=0, count=2) == [b"1", b"3"]
+    assert await streams.reports.worst(M, "1", start=2, count=2) == [b"2"]
+
+
+async def test_a_comparison_says_what_it_compares_and_is_found_when_it_has_ended(streams: Streams) -> None:
+    assert await streams.reports.latest(M) is None
+    route = await compare(streams, 0.5)
+    run = await streams.reports.latest(M)
+    assert run == str(route.comparison)
+    fields = await streams.reports.fields(M, run)
+    assert (fields["live_version"], fields["candidate_digest"], fields["sample_fraction"]) == ("1", "sha256:2", "0.5")
+    await streams.routing.write(M, live=LIVE)
+    assert await streams.reports.latest(M) == run
+
+
+async def test_one_shadow_owns_a_model_at_a_time(streams: Streams) -> None:
+    first, second = streams.verdicts(M, "a"), streams.verdicts(M, "b")
+    assert await first.own(ttl_ms=10_000)
+    assert not await second.own(ttl_ms=10_000)
+    await first.close()
+    assert await second.own(ttl_ms=10_000)
+
+
+async def test_verdicts_that_fell_off_show_as_a_gap_in_the_numbers(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "SHADOW_VERDICTS_AT_MOST", 4)
+    await compare(streams)
+    names = [f"f{index}" for index in range(10)]
+    await admit(streams, *names, size=100)
+    await judge(streams, *names)
+    found = await streams.verdicts(M, "v").read("0-0", count=100, block_ms=100)
+    assert [verdict.number for verdict in found] == [7, 8, 9, 10]
