@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil.types.v1 import types_pb2
+from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
 from vigil_common.grpc.server import create_server
 from vigil_common.streams.memory import MemoryStreams
@@ -121,7 +122,7 @@ async def served() -> AsyncIterator[Served]:
     streams = MemoryStreams(budget_bytes=20_000)
     await streams.routing.promote(MODEL, version=3, digest="sha256:3", threshold=None)
     app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
-    handle = create_server("127.0.0.1:0", services=["vigil.ingest.v1.IngestService"])
+    handle = create_server("127.0.0.1:0", access={"vigil.ingest.v1.IngestService": {}}, security=SecuritySettings())
     servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
     ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
     await handle.start()

@@ -3,6 +3,8 @@
     VigilError
     ├── InvalidInput        INVALID_ARGUMENT      the caller must change the request
     │   └── InvalidBundle   INVALID_ARGUMENT      a bundle that can't be trusted or run
+    ├── Unauthenticated     UNAUTHENTICATED       no token, or one that nobody knows
+    ├── Forbidden           PERMISSION_DENIED     a token that may not do this
     ├── NotFound            NOT_FOUND             no such model, version or frame
     ├── Conflict            ALREADY_EXISTS        the name, version or id is taken
     ├── NotLive             FAILED_PRECONDITION   the version asked for is not serving
@@ -51,6 +53,18 @@ class InvalidInput(VigilError):
 
 class InvalidBundle(InvalidInput):
     """The bundle can't be trusted or run."""
+
+
+class Unauthenticated(VigilError):
+    """No token, or one that nobody knows."""
+
+    status = "UNAUTHENTICATED"
+
+
+class Forbidden(VigilError):
+    """The token may not do this."""
+
+    status = "PERMISSION_DENIED"
 
 
 class NotFound(VigilError):

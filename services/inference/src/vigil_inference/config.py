@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+from vigil_common.config import SecuritySettings
 
 
-class Settings(BaseSettings):
+class Settings(SecuritySettings):
     """A worker's settings.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
 from vigil.types.v1 import types_pb2
+from vigil_common.access import authorize
 from vigil_common.errors import Conflict, NotFound, NotLive, QueueFull, Unavailable, VerdictTimeout
 from vigil_common.images import inspect
 from vigil_common.logging import get_logger
@@ -83,9 +84,11 @@ class Ingest:
         """The live route of a model.
 
         Raises:
+            Forbidden: MODEL_NOT_ALLOWED.
             NotFound: UNKNOWN_MODEL.
             NotLive: VERSION_NOT_LIVE.
         """
+        authorize(model)
         known = self._models.get(model) or await self._discover(model)
         if known is None or known.route is None:
             raise NotFound("UNKNOWN_MODEL", f"no version of model {model} is live; publish and promote one first")
@@ -123,15 +126,15 @@ class Ingest:
 
         Raises:
             InvalidInput: A field or the image is not as it must be.
-            NotFound, NotLive: See `route`.
+            Forbidden, NotFound, NotLive: See `route`.
             Conflict: FRAME_ID_REUSED.
             QueueFull: QUEUE_FULL.
             Unavailable: The queue is away.
         """
         now_us = int(self._clock() * 1_000_000)
         captured_at_us = check(frame, now_us=now_us)
-        info = inspect(frame.image, max_bytes=self._limits.image_bytes, max_pixels=self._limits.image_pixels)
         await self.route(frame.model, frame.model_version)
+        info = inspect(frame.image, max_bytes=self._limits.image_bytes, max_pixels=self._limits.image_pixels)
         sha256 = hashlib.sha256(frame.image).digest()
         header = types_pb2.FrameHeader(
             frame_id=frame.frame_id,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from open_inference import grpc_predict_v2_pb2_grpc
 from vigil.ingest.v1 import ingest_pb2_grpc
+from vigil_common.access import Role
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
 from vigil_common.streams.redis import RedisStreams
@@ -19,18 +20,23 @@ from vigil_ingest.servicer import IngestServicer
 if TYPE_CHECKING:
     from vigil_ingest.config import Settings
 
-SERVICES = ("vigil.ingest.v1.IngestService", "inference.GRPCInferenceService")
+STREAM = {"*": frozenset({Role.STREAM})}
+ACCESS = {"vigil.ingest.v1.IngestService": STREAM, "inference.GRPCInferenceService": STREAM}
 
 log = get_logger()
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Serve until stopped; then take no more frames and let those under way be answered."""
-    streams = await RedisStreams.connect(settings.redis_url, budget_bytes=settings.queue_budget_bytes)
+    streams = await RedisStreams.connect(
+        settings.redis_url, security=settings, budget_bytes=settings.queue_budget_bytes
+    )
     limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.verdict_timeout_s)
     app = Ingest(streams.queue, streams.routing, replica=uuid.uuid4().hex, limits=limits)
     stopping = asyncio.Event()
-    handle = create_server(settings.ingest_bind, services=SERVICES, max_message_bytes=settings.max_image_bytes)
+    handle = create_server(
+        settings.ingest_bind, access=ACCESS, security=settings, max_message_bytes=settings.max_image_bytes
+    )
     ingest_pb2_grpc.add_IngestServiceServicer_to_server(
         IngestServicer(app, window=settings.window, stopping=stopping), handle.server
     )

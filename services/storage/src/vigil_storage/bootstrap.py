@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vigil.storage.v1 import storage_pb2_grpc
+from vigil_common.access import Role
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
@@ -24,7 +25,16 @@ if TYPE_CHECKING:
 
     from vigil_storage.config import Settings
 
-SERVICES = ("vigil.storage.v1.FrameService", "vigil.storage.v1.ModelService")
+# What changes something is the reviewer's or publisher's; the rest whoever has to do with models and frames may read.
+READ = frozenset({Role.REVIEW, Role.PUBLISH, Role.SERVE})
+ACCESS = {
+    "vigil.storage.v1.FrameService": {
+        "Query": frozenset({Role.REVIEW, Role.SERVE}),
+        "Get": frozenset({Role.REVIEW, Role.SERVE}),
+        "*": frozenset({Role.REVIEW}),
+    },
+    "vigil.storage.v1.ModelService": {"List": READ, "GetModel": READ, "Download": READ, "*": frozenset({Role.PUBLISH})},
+}
 RETRY_S = 1.0
 
 log = get_logger()
@@ -51,9 +61,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     if stores is None:
         return
     frames, models = stores
-    streams = await RedisStreams.connect(settings.redis_url)
+    streams = await RedisStreams.connect(settings.redis_url, security=settings)
     app = Storage(frames, models, inspect)
-    handle = create_server(settings.storage_bind, services=SERVICES)
+    handle = create_server(settings.storage_bind, access=ACCESS, security=settings)
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
     consumer = uuid.uuid4().hex

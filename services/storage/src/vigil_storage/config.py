@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
+from vigil_common.config import SecuritySettings
 
 
-class Settings(BaseSettings):
+class Settings(SecuritySettings):
     """Storage's settings.
 
     Attributes:

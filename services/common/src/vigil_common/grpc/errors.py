@@ -10,6 +10,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from vigil_common.errors import DOMAIN, VigilError
+from vigil_common.grpc.handlers import behaviour_of, with_behaviour
 from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
@@ -41,19 +42,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-a
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        if handler.response_streaming:
-            method = handler.unary_stream or handler.stream_stream
-            maker = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            return maker(_streaming(method), handler.request_deserializer, handler.response_serializer)
-        method = handler.unary_unary or handler.stream_unary
-        maker = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return maker(_single(method), handler.request_deserializer, handler.response_serializer)
+        wrap = _streaming if handler.response_streaming else _single
+        return with_behaviour(handler, wrap(behaviour_of(handler)))
 
 
 def _single(method: Any) -> Any:

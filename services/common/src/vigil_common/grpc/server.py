@@ -1,4 +1,4 @@
-"""A gRPC server as every service has it: health, reflection, errors, limits, drain."""
+"""A gRPC server as every service has it: TLS, tokens, health, reflection, errors, limits, drain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from vigil_common.access import Tokens
 from vigil_common.grpc.errors import ErrorInterceptor
+from vigil_common.grpc.security import Access, AccessInterceptor, server_credentials
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from vigil_common.config import SecuritySettings
 
 HEADROOM_BYTES = 1 << 20
+MAX_PROBES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,13 @@ class ServerHandle:
     port: int
     _health: health.aio.HealthServicer
     _services: tuple[str, ...]
+    _probes: grpc.aio.Server | None
 
     async def start(self) -> None:
         """Serve; not healthy until `ready` says so."""
         await self.ready(serving=False)
+        if self._probes is not None:
+            await self._probes.start()
         await self.server.start()
 
     async def ready(self, *, serving: bool = True) -> None:
@@ -46,12 +52,15 @@ class ServerHandle:
         """Stop taking calls, let those under way end within the grace."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        if self._probes is not None:
+            await self._probes.stop(0)
 
 
 def create_server(
     bind: str,
     *,
-    services: Sequence[str],
+    access: Access,
+    security: SecuritySettings,
     max_message_bytes: int = 64 << 20,
     max_concurrent_rpcs: int | None = None,
 ) -> ServerHandle:
@@ -59,12 +68,19 @@ def create_server(
 
     Args:
         bind: "HOST:PORT"; port 0 takes a free one.
-        services: Full names of the services it will have, for health and reflection.
+        access: The services it will have, by full name, for health and reflection, and the roles that may call them.
+        security: TLS and tokens.
         max_message_bytes: Larger requests are refused before they are read.
         max_concurrent_rpcs: Further calls are refused with RESOURCE_EXHAUSTED.
+
+    Raises:
+        InvalidInput: TLS_INCOMPLETE, TOKENS_INVALID.
     """
+    interceptors: list[grpc.aio.ServerInterceptor] = []
+    if security.tokens_file is not None:
+        interceptors.append(AccessInterceptor(Tokens(security.tokens_file), access))
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor()],
+        interceptors=[*interceptors, ErrorInterceptor()],
         options=[
             ("grpc.max_receive_message_length", max_message_bytes + HEADROOM_BYTES),
             ("grpc.max_send_message_length", -1),
@@ -76,5 +92,12 @@ def create_server(
     )
     checker = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-    reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    return ServerHandle(server, server.add_insecure_port(bind), checker, tuple(services))
+    reflection.enable_server_reflection((*access, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    probes = None
+    if security.health_bind:
+        probes = grpc.aio.server(maximum_concurrent_rpcs=MAX_PROBES)
+        health_pb2_grpc.add_HealthServicer_to_server(checker, probes)
+        probes.add_insecure_port(security.health_bind)
+    credentials = server_credentials(security)
+    port = server.add_secure_port(bind, credentials) if credentials else server.add_insecure_port(bind)
+    return ServerHandle(server, port, checker, tuple(access), probes)

@@ -1,0 +1,180 @@
+"""TLS and tokens of a gRPC server, and of channels between services."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health
+from grpc_status import rpc_status
+
+from vigil_common.access import Principal, Role, Tokens, enter, require
+from vigil_common.errors import Forbidden, InvalidInput, Unauthenticated, VigilError
+from vigil_common.grpc.errors import to_status
+from vigil_common.grpc.handlers import behaviour_of, with_behaviour
+from vigil_common.logging import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from vigil_common.config import SecuritySettings
+
+# Service's full name -> method ("*" for the others) -> roles that may call it.
+Access = Mapping[str, Mapping[str, frozenset[Role]]]
+
+log = get_logger()
+
+
+def server_credentials(settings: SecuritySettings) -> grpc.ServerCredentials | None:
+    """TLS as set, None without; a new certificate is taken at the next handshake.
+
+    Raises:
+        InvalidInput: TLS_INCOMPLETE.
+    """
+    cert, key, client_ca = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
+    if cert is None and key is None:
+        if client_ca is not None:
+            raise InvalidInput("TLS_INCOMPLETE", "VIGIL_TLS_CLIENT_CA_FILE needs a certificate and key of our own")
+        return None
+    if cert is None or key is None:
+        raise InvalidInput("TLS_INCOMPLETE", "set VIGIL_TLS_CERT_FILE and VIGIL_TLS_KEY_FILE, or neither")
+
+    files: list[Path] = [cert, key, *([client_ca] if client_ca else [])]
+
+    def load() -> tuple[tuple[int, ...], grpc.ServerCertificateConfiguration]:
+        changed = tuple(path.stat().st_mtime_ns for path in files)
+        configuration = grpc.ssl_server_certificate_configuration(
+            [(key.read_bytes(), cert.read_bytes())], client_ca.read_bytes() if client_ca else None
+        )
+        return changed, configuration
+
+    seen, first = load()
+
+    def reload() -> Any:  # None: nothing new
+        nonlocal seen
+        try:
+            if tuple(path.stat().st_mtime_ns for path in files) == seen:
+                return None
+            seen, configuration = load()
+        except OSError as error:  # in the middle of a rotation: what is loaded stays
+            log.warning("certificate_unreadable", detail=str(error))
+            return None
+        log.info("certificate_reloaded", file=str(cert))
+        return configuration
+
+    return grpc.dynamic_ssl_server_credentials(first, reload, require_client_authentication=client_ca is not None)
+
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    """Lets a call through only with a token that may make it; probes need none.
+
+    Args:
+        tokens: Who has which.
+        access: Roles per service and method; what is not in it only an admin may call.
+    """
+
+    def __init__(self, tokens: Tokens, access: Access) -> None:
+        self._tokens = tokens
+        self._access = access
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Check before the request is read."""
+        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        if service == health.SERVICE_NAME:
+            return await continuation(handler_call_details)
+        metadata: Mapping[str, Any] = dict(handler_call_details.invocation_metadata or ())
+        try:
+            who = self._tokens.authenticate(metadata.get("authorization"))
+            methods = self._access.get(service, {})
+            require(who, methods.get(method, methods.get("*", frozenset())), handler_call_details.method)
+        except (Unauthenticated, Forbidden) as error:
+            log.info("call_refused", method=handler_call_details.method, reason=error.reason)
+            return _refusal(await continuation(handler_call_details), error)
+        handler = await continuation(handler_call_details)
+        return None if handler is None else _entered(handler, who)
+
+
+def _entered(handler: Any, who: Principal) -> Any:
+    """The handler, with the caller known to whatever it calls."""
+    method = behaviour_of(handler)
+
+    async def call(request: Any, context: Any) -> Any:
+        enter(who)
+        return await method(request, context)
+
+    async def stream(request: Any, context: Any) -> Any:
+        enter(who)
+        async for response in method(request, context):
+            yield response
+
+    return with_behaviour(handler, stream if handler.response_streaming else call)
+
+
+def _refusal(handler: Any, error: VigilError) -> Any:
+    if handler is None:
+        return None
+
+    async def refuse(_request: Any, context: Any) -> None:
+        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+    async def refuse_stream(request: Any, context: Any) -> Any:
+        await refuse(request, context)
+        yield  # makes it a generator
+
+    return with_behaviour(handler, refuse_stream if handler.response_streaming else refuse)
+
+
+def connect(address: str, settings: SecuritySettings) -> grpc.aio.Channel:
+    """A channel to another service, with TLS, client certificate and token as set."""
+    options = [
+        ("grpc.max_receive_message_length", 64 << 20),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.lb_policy_name", "round_robin"),
+    ]
+    interceptors: list[Any] = []
+    if settings.token_file is not None:
+        interceptors = [kind(settings.token_file) for kind in (_UnaryToken, _UnaryStreamToken, _StreamUnaryToken)]
+    if settings.tls_ca_file is None:
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+    mutual = settings.tls_cert_file is not None and settings.tls_key_file is not None
+    credentials = grpc.ssl_channel_credentials(
+        settings.tls_ca_file.read_bytes(),
+        settings.tls_key_file.read_bytes() if mutual and settings.tls_key_file else None,
+        settings.tls_cert_file.read_bytes() if mutual and settings.tls_cert_file else None,
+    )
+    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+
+class _Token:
+    """Adds the token, read anew each time since it may be rotated."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _with_token(self, details: Any) -> Any:
+        token = ("authorization", f"Bearer {self._path.read_text().strip()}")
+        metadata = grpc.aio.Metadata(*(details.metadata or ()), token)
+        return details._replace(metadata=metadata)
+
+
+class _UnaryToken(_Token, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self._with_token(client_call_details), request)
+
+
+class _UnaryStreamToken(_Token, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(self._with_token(client_call_details), request)
+
+
+class _StreamUnaryToken(_Token, grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
+    async def intercept_stream_unary(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return await continuation(self._with_token(client_call_details), request_iterator)

@@ -1,0 +1,237 @@
+"""TLS and tokens, over real connections to a server as every service makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+import trustme
+import yaml
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil_common.access import Role, Tokens
+from vigil_common.config import SecuritySettings
+from vigil_common.errors import InvalidInput
+from vigil_common.grpc.security import connect
+from vigil_common.grpc.server import create_server
+from vigil_common.streams.memory import MemoryStreams
+from vigil_ingest.app import Ingest, Limits
+from vigil_ingest.bootstrap import ACCESS
+from vigil_ingest.servicer import IngestServicer
+
+from tests.support.valkey import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+LIMITS = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=0.3)
+TOKENS = {"line": "a" * 40, "other": "b" * 40, "reviewer": "c" * 40, "admin": "d" * 40}
+
+
+@asynccontextmanager
+async def serving(settings: SecuritySettings) -> AsyncIterator[int]:
+    streams = MemoryStreams()
+    for model in ("cells", "nuts"):
+        await streams.routing.promote(model, version=1, digest="sha256:1", threshold=None)
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
+    handle = create_server("localhost:0", access=ACCESS, security=settings)
+    servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
+    ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
+    await handle.start()
+    await handle.ready()
+    yield handle.port
+    await handle.drain(0)
+    await app.close()
+
+
+async def reason(channel: grpc.aio.Channel, *, model: str = "cells", token: str | None = None) -> str:
+    """Why a frame without an image was refused: IMAGE_EMPTY where nothing else stood in its way."""
+    stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    request = ingest_pb2.SubmitRequest(frame=ingest_pb2.Frame(frame_id="f", model=model, image=b"x" * 10))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Submit(request, metadata=metadata, timeout=5)
+    status: Any = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+    if status is None:
+        return caught.value.code().name
+    info = error_details_pb2.ErrorInfo()
+    status.details[0].Unpack(info)
+    return str(info.reason)
+
+
+@pytest.fixture
+def tokens_file(tmp_path: Path) -> Path:
+    def entry(name: str, roles: list[str], models: list[str] | None = None) -> dict[str, Any]:
+        digest = hashlib.sha256(TOKENS[name].encode()).hexdigest()
+        return {"name": name, "sha256": digest, "roles": roles} | ({"models": models} if models else {})
+
+    path = tmp_path / "tokens.yaml"
+    entries = [
+        entry("line", ["stream"], ["cells"]),
+        entry("other", ["stream"], ["nuts"]),
+        entry("reviewer", ["review"]),
+        entry("admin", ["admin"]),
+    ]
+    path.write_text(yaml.safe_dump({"tokens": entries}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (None, "TOKEN_MISSING"),
+        ("x" * 40, "TOKEN_UNKNOWN"),
+        (TOKENS["reviewer"], "ROLE_MISSING"),
+        (TOKENS["other"], "MODEL_NOT_ALLOWED"),
+        (TOKENS["line"], "IMAGE_UNREADABLE"),
+        (TOKENS["admin"], "IMAGE_UNREADABLE"),
+    ],
+)
+async def test_a_call_needs_a_token_with_the_role_and_the_model(
+    tokens_file: Path, token: str | None, expected: str
+) -> None:
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        assert await reason(channel, token=token) == expected
+
+
+async def test_each_frame_of_a_stream_is_held_against_the_tokens_models(tokens_file: Path) -> None:
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        frames = [ingest_pb2.Frame(frame_id=model, model=model, image=b"x" * 10) for model in ("cells", "nuts")]
+        call = stub.Stream(
+            iter([ingest_pb2.StreamRequest(frame=frame) for frame in frames]),
+            metadata=(("authorization", f"Bearer {TOKENS['line']}"),),
+        )
+        codes = {response.frame_id: response.error.code async for response in call}
+        assert codes == {
+            "cells": grpc.StatusCode.INVALID_ARGUMENT.value[0],
+            "nuts": grpc.StatusCode.PERMISSION_DENIED.value[0],
+        }
+
+
+async def test_a_revoked_token_is_refused_without_a_restart(tokens_file: Path) -> None:
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        assert await reason(channel, token=TOKENS["line"]) == "IMAGE_UNREADABLE"
+        document = yaml.safe_load(tokens_file.read_text())
+        tokens_file.write_text(yaml.safe_dump({"tokens": document["tokens"][1:]}))
+        os.utime(tokens_file, ns=(1, 1))
+        assert await reason(channel, token=TOKENS["line"]) == "TOKEN_UNKNOWN"
+
+
+async def test_probes_need_no_token(tokens_file: Path) -> None:
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service="vigil.ingest.v1.IngestService"))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_tokens_file_that_holds_the_token_itself_is_refused_without_repeating_it(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    path.write_text(
+        yaml.safe_dump({"tokens": [{"name": "a", "sha256": "my-secret-token", "roles": [Role.STREAM.value]}]})
+    )
+    with pytest.raises(InvalidInput) as caught:
+        Tokens(path)
+    assert "tokens.0.sha256" in caught.value.message
+    assert "my-secret-token" not in caught.value.message
+
+
+class Pki:
+    """An authority and the files of a server and a client."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.authority = trustme.CA()
+        self.ca = folder / f"{name}-ca.pem"
+        self.authority.cert_pem.write_to_path(self.ca)
+        self.cert, self.key = folder / f"{name}.pem", folder / f"{name}.key"
+        self.issue()
+
+    def issue(self) -> None:
+        issued = self.authority.issue_cert("localhost")
+        issued.private_key_pem.write_to_path(self.key)
+        issued.cert_chain_pems[0].write_to_path(self.cert)
+
+
+async def test_only_a_client_that_knows_the_authority_can_connect(tmp_path: Path) -> None:
+    ours, theirs = Pki(tmp_path, "ours"), Pki(tmp_path, "theirs")
+    async with serving(SecuritySettings(tls_cert_file=ours.cert, tls_key_file=ours.key)) as port:
+        address = f"localhost:{port}"
+        async with connect(address, SecuritySettings(tls_ca_file=ours.ca)) as channel:
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+        for settings in (SecuritySettings(tls_ca_file=theirs.ca), SecuritySettings()):
+            async with connect(address, settings) as channel:
+                assert await reason(channel) == "UNAVAILABLE"
+
+
+async def test_mutual_tls_refuses_a_client_without_a_certificate(tmp_path: Path) -> None:
+    ours, theirs = Pki(tmp_path, "ours"), Pki(tmp_path, "theirs")
+    server = SecuritySettings(tls_cert_file=ours.cert, tls_key_file=ours.key, tls_client_ca_file=ours.ca)
+    async with serving(server) as port:
+        for settings, expected in (
+            (SecuritySettings(tls_ca_file=ours.ca), "UNAVAILABLE"),
+            (SecuritySettings(tls_ca_file=ours.ca, tls_cert_file=theirs.cert, tls_key_file=theirs.key), "UNAVAILABLE"),
+            (SecuritySettings(tls_ca_file=ours.ca, tls_cert_file=ours.cert, tls_key_file=ours.key), "IMAGE_UNREADABLE"),
+        ):
+            async with connect(f"localhost:{port}", settings) as channel:
+                assert await reason(channel) == expected
+
+
+async def test_a_rotated_certificate_is_served_without_a_restart(tmp_path: Path) -> None:
+    first, second = Pki(tmp_path, "first"), Pki(tmp_path, "second")
+    async with serving(SecuritySettings(tls_cert_file=first.cert, tls_key_file=first.key)) as port:
+        async with connect(f"localhost:{port}", SecuritySettings(tls_ca_file=first.ca)) as channel:
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+        first.key.write_bytes(second.key.read_bytes())
+        first.cert.write_bytes(second.cert.read_bytes())
+        async with connect(f"localhost:{port}", SecuritySettings(tls_ca_file=second.ca)) as channel:
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_with_tls_the_probes_have_a_port_that_answers_nothing_else(tmp_path: Path, unused_port: int) -> None:
+    ours = Pki(tmp_path, "ours")
+    settings = SecuritySettings(tls_cert_file=ours.cert, tls_key_file=ours.key, health_bind=f"localhost:{unused_port}")
+    async with serving(settings), grpc.aio.insecure_channel(f"localhost:{unused_port}") as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        assert (await stub.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        assert await reason(channel) == "UNIMPLEMENTED"
+
+
+async def test_a_service_sends_its_token_with_each_call(tokens_file: Path, tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text(TOKENS["line"] + "\n")
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        connect(f"localhost:{port}", SecuritySettings(token_file=token_file)) as channel,
+    ):
+        assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_half_of_tls_is_refused(tmp_path: Path) -> None:
+    ours = Pki(tmp_path, "ours")
+    with pytest.raises(InvalidInput, match="VIGIL_TLS_KEY_FILE"):
+        create_server("localhost:0", access=ACCESS, security=SecuritySettings(tls_cert_file=ours.cert))
+
+
+@pytest.fixture
+def unused_port() -> int:
+    return free_port()
