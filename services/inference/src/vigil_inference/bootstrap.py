@@ -14,8 +14,10 @@ import grpc
 from vigil.inference.v1 import inference_pb2_grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
+from vigil_common.access import Role
 from vigil_common.bundle import digest
 from vigil_common.errors import DataLost, Unavailable
+from vigil_common.grpc.security import connect
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
 from vigil_common.store.open import open_stores
@@ -29,7 +31,12 @@ from vigil_inference.worker import Worker
 if TYPE_CHECKING:
     from vigil_inference.config import Settings
 
-SERVICES = ("vigil.inference.v1.InferenceService",)
+ACCESS = {
+    "vigil.inference.v1.InferenceService": {
+        "Predict": frozenset({Role.STREAM, Role.SERVE}),
+        "Describe": frozenset({Role.STREAM, Role.PUBLISH, Role.SERVE}),
+    }
+}
 DRAIN_S = 20.0
 RETRY_S = 1.0
 
@@ -65,7 +72,7 @@ async def fetch(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
 
 async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
     request = storage_pb2.DownloadRequest(name=settings.model, version=settings.model_version)
-    async with grpc.aio.insecure_channel(settings.storage_address or "") as channel:
+    async with connect(settings.storage_address or "", settings) as channel:
         stub: storage_pb2_grpc.ModelServiceAsyncStub = storage_pb2_grpc.ModelServiceStub(channel)
         while True:
             version, chunks = types_pb2.ModelVersion(), []
@@ -86,7 +93,7 @@ async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, by
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load, prove, then work until stopped."""
-    handle = create_server(settings.inference_bind, services=SERVICES)
+    handle = create_server(settings.inference_bind, access=ACCESS, security=settings)
     version, bundle = await fetch(settings)
     if settings.cache_dir:
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +112,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         batch_size = model.manifest.fixed_batch or settings.batch_size
         pipeline = Pipeline(model, settings.max_image_pixels, batch_size, settings.decoders)
         pipeline.start()
-        streams = await RedisStreams.connect(settings.redis_url)
+        streams = await RedisStreams.connect(settings.redis_url, security=settings)
         consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         worker = Worker(
             streams.source(settings.model, consumer),

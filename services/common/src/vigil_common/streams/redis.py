@@ -49,6 +49,8 @@ from vigil_common.streams.ports import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from vigil_common.config import SecuritySettings
+
 # An entry costs this much more than its image (header, offsets, listpack), by measurement.
 ENTRY_OVERHEAD_BYTES = 512
 LIVE = "live"
@@ -245,14 +247,28 @@ class RedisStreams:
         self._dedup_window_s = dedup_window_s
 
     @classmethod
-    async def connect(cls, url: str, *, budget_bytes: int = 256 << 20, dedup_window_s: int = 300) -> Self:
+    async def connect(
+        cls,
+        url: str,
+        *,
+        security: SecuritySettings | None = None,
+        budget_bytes: int = 256 << 20,
+        dedup_window_s: int = 300,
+    ) -> Self:
         """Open `redis://` or `rediss://` for one node, `redis+cluster://` for a cluster.
 
         The library's own retries are off: a repeated XADD is a second frame, a repeated XREADGROUP strands entries.
         """
         retry = Retry(NoBackoff(), 0)
-        if url.startswith("redis+cluster://"):
-            cluster = RedisCluster.from_url(url.replace("redis+cluster://", "redis://", 1), socket_timeout=5.0)
+        more: dict[str, Any] = {}
+        if security is not None and security.redis_password_file is not None:
+            more["password"] = security.redis_password_file.read_text().strip()
+        if security is not None and security.redis_ca_file is not None:
+            more["ssl_ca_certs"] = str(security.redis_ca_file)
+        if "+cluster://" in url:
+            cluster = RedisCluster.from_url(
+                url.replace("+cluster://", "://", 1), protocol=2, socket_timeout=5.0, **more
+            )
             return cls(_Connection(cluster), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
         client = aredis.Redis.from_url(
             url,
@@ -263,6 +279,7 @@ class RedisStreams:
             # A pooled connection may have died with the server; redis-py checks before it is used again.
             health_check_interval=0,
             max_connections=256,
+            **more,
         )
         # Raw replies: the callbacks would build objects that nobody reads.
         client.response_callbacks.clear()
