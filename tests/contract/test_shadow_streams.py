@@ -11,35 +11,13 @@ from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Candidate, Disagreed, Emission, Live, ReportStep, Route, sampled
 from vigil_common.streams.redis import RedisStreams
 
-from tests.support.valkey import ValkeyProcess
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
     from vigil_common.streams.ports import QueuedFrame
 
 M = "cells"
 BUDGET = 100_000
 LIVE, CANDIDATE = Live(1, "sha256:1"), Candidate(2, "sha256:2")
 Streams = MemoryStreams | RedisStreams
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
-    server = ValkeyProcess(tmp_path_factory.mktemp("valkey")).start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(params=["memory", "valkey"])
-async def streams(request: pytest.FixtureRequest, valkey: ValkeyProcess) -> AsyncIterator[Streams]:
-    if request.param == "memory":
-        yield MemoryStreams(budget_bytes=BUDGET)
-        return
-    real = await RedisStreams.connect(valkey.url, budget_bytes=BUDGET)
-    await real.queue._connection.command("FLUSHALL")
-    yield real
-    await real.close()
 
 
 async def compare(streams: Streams, fraction: float = 1.0) -> Route:

@@ -14,7 +14,7 @@ from vigil_common.streams.redis import RedisStreams
 from tests.support.valkey import ValkeyProcess
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 BUDGET = 10_000
@@ -28,17 +28,6 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyProcess]:
     server = ValkeyProcess(tmp_path_factory.mktemp("valkey")).start()
     yield server
     server.stop()
-
-
-@pytest.fixture(params=["memory", "valkey"])
-async def streams(request: pytest.FixtureRequest, valkey: ValkeyProcess) -> AsyncIterator[Streams]:
-    if request.param == "memory":
-        yield MemoryStreams(budget_bytes=BUDGET)
-        return
-    real = await RedisStreams.connect(valkey.url, budget_bytes=BUDGET)
-    await real.queue._connection.command("FLUSHALL")
-    yield real
-    await real.close()
 
 
 async def admit(streams: Streams, frame_id: str, *, image: bytes = IMAGE, sha: bytes = b"s", to: str = "") -> Admitted:
@@ -249,7 +238,10 @@ async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams)
     second = await log.put(M, "a2", b"two", b"")
     assert await log.put(M, "a1", b"one", b"\x00mask") == first
     found = await log.read(M, "0", count=10, block_ms=100)
-    assert [(one.annotation_id, one.body, one.mask) for one in found] == [("a1", b"one", b"\x00mask"), ("a2", b"two", b"")]
+    assert [(one.annotation_id, one.body, one.mask) for one in found] == [
+        ("a1", b"one", b"\x00mask"),
+        ("a2", b"two", b""),
+    ]
     assert [one.place for one in found] == [first, second]
     assert await log.read(M, found[0].place, count=10, block_ms=10) == found[1:]
     await log.done(M, found[:1])

@@ -29,9 +29,10 @@ def server_binary() -> str:
 class ValkeyProcess:
     """One server on a folder; `kill` is -9, `start` again recovers what was acknowledged."""
 
-    def __init__(self, folder: Path, *extra: str) -> None:
+    def __init__(self, folder: Path, *extra: str, binary: str | None = None) -> None:
         self._folder = folder
         self._extra = extra
+        self._binary = binary or server_binary()
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -44,7 +45,7 @@ class ValkeyProcess:
         """Start and wait until it answers."""
         self._folder.mkdir(parents=True, exist_ok=True)
         command = [
-            server_binary(),
+            self._binary,
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""),
             *("--appendonly", "yes", "--appendfsync", "always", "--maxmemory-policy", "noeviction", *self._extra),
         ]
@@ -59,6 +60,12 @@ class ValkeyProcess:
             time.sleep(0.01)
         raise TimeoutError(f"Valkey on port {self.port} did not answer within {DEADLINE_S} s")
 
+    def ask(self, *words: str) -> str:
+        """One command's plain answer."""
+        with socket.create_connection(("127.0.0.1", self.port), DEADLINE_S) as connection:
+            connection.sendall("".join([f"*{len(words)}\r\n", *(f"${len(w)}\r\n{w}\r\n" for w in words)]).encode())
+            return connection.recv(1 << 16).decode()
+
     def kill(self) -> None:
         """As the power fails."""
         self._end(signal.SIGKILL)
@@ -72,3 +79,36 @@ class ValkeyProcess:
             self._process.send_signal(signum)
             self._process.wait(DEADLINE_S)
             self._process = None
+
+
+class ValkeyCluster:
+    """Two nodes that share the slots, so that keys which must be together and are not fail."""
+
+    def __init__(self, folder: Path) -> None:
+        self._nodes = [
+            ValkeyProcess(folder / name, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf")
+            for name in ("a", "b")
+        ]
+
+    @property
+    def url(self) -> str:
+        """Where one of them is."""
+        return self._nodes[0].url.replace("redis://", "redis+cluster://")
+
+    def start(self) -> Self:
+        """Start, share out the slots, and wait until both agree."""
+        first, second = (node.start() for node in self._nodes)
+        for node, slots in ((first, (0, 8191)), (second, (8192, 16383))):
+            node.ask("CLUSTER", "ADDSLOTSRANGE", *map(str, slots))
+        first.ask("CLUSTER", "MEET", "127.0.0.1", str(second.port))
+        deadline = time.monotonic() + DEADLINE_S
+        while not all("cluster_state:ok" in node.ask("CLUSTER", "INFO") for node in self._nodes):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the nodes did not become a cluster within {DEADLINE_S} s")
+            time.sleep(0.05)
+        return self
+
+    def stop(self) -> None:
+        """Both."""
+        for node in self._nodes:
+            node.stop()

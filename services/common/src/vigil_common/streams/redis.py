@@ -266,9 +266,11 @@ class RedisStreams:
         if security is not None and security.redis_ca_file is not None:
             more["ssl_ca_certs"] = str(security.redis_ca_file)
         if "+cluster://" in url:
-            cluster = RedisCluster.from_url(
-                url.replace("+cluster://", "://", 1), protocol=2, socket_timeout=5.0, **more
-            )
+            plain = url.replace("+cluster://", "://", 1)
+            cluster = RedisCluster.from_url(plain, protocol=2, retry=retry, socket_timeout=5.0, **more)
+            # Raw replies, but for what the cluster client itself asks.
+            for name in set(cluster.response_callbacks) - {"COMMAND", "CLUSTER SLOTS", "CLUSTER SHARDS"}:
+                del cluster.response_callbacks[name]
             return cls(_Connection(cluster), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
         client = aredis.Redis.from_url(
             url,
