@@ -49,6 +49,7 @@ def a_submission(**changes: Any) -> Submission:
         "captured_at_us": None,
         "labels": {},
         "image": b"",
+        "traceparent": "",
     }
     return Submission(**(fields | changes))
 
@@ -154,6 +155,16 @@ BAD: list[tuple[Callable[[], ingest_pb2.StreamRequest], grpc.StatusCode, str]] =
     (lambda: request("f", model_version=2), grpc.StatusCode.FAILED_PRECONDITION, "VERSION_NOT_LIVE"),
     (lambda: request("0123"), grpc.StatusCode.INVALID_ARGUMENT, "FRAME_ID_INVALID"),
 ]
+
+
+async def test_a_frame_goes_on_in_the_trace_of_its_call(served: Served) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    metadata = (("traceparent", trace),)
+    await served.stub.Submit(
+        ingest_pb2.SubmitRequest(frame=request("f1").frame, wait_for=ingest_pb2.WAIT_FOR_ACCEPTED), metadata=metadata
+    )
+    (frame,) = await served.streams.source(MODEL, "w").read(count=1, block_ms=1000)
+    assert types_pb2.FrameHeader.FromString(frame.header).traceparent == trace
 
 
 async def test_bad_frames_are_answered_each_and_the_stream_goes_on(served: Served) -> None:

@@ -10,8 +10,10 @@ from rich.table import Column, Table
 from vigil_client import StorageClient, StoredFrame
 
 from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
+from vigil_cli.replay import replay
 
 app = typer.Typer(help="Stored frames.", no_args_is_help=True)
+app.command()(replay)
 
 
 @app.command()

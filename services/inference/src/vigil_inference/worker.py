@@ -19,6 +19,7 @@ from vigil_common.errors import InvalidInput, Unavailable, VigilError
 from vigil_common.grpc.errors import to_status
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Emission, FrameSource, QueuedFrame, Route, RoutingTable, sampled
+from vigil_common.trace import trace_id
 
 from vigil_inference import convert
 from vigil_inference.roles import Role
@@ -299,11 +300,10 @@ class Worker:
         return Emission(frame.entry_id, header.frame_id, data, data, error.reason, header=frame.header)
 
     def _context(self, header: types_pb2.FrameHeader) -> dict[str, str | int]:
-        """What every line on a frame says; the second field of a traceparent is the trace."""
-        _, _, rest = header.traceparent.partition("-")
+        """What every line on a frame says."""
         return {
             "frame_id": header.frame_id,
-            "trace_id": rest.partition("-")[0],
+            "trace_id": trace_id(header.traceparent),
             "model": self._version.name,
             "version": self._version.version,
         }

@@ -146,6 +146,7 @@ class Ingest:
             width=info.width,
             height=info.height,
             sha256=sha256,
+            traceparent=frame.traceparent,
         )
         header.captured_at.FromMicroseconds(captured_at_us)
         header.received_at.FromMicroseconds(now_us)

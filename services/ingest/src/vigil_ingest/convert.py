@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vigil.ingest.v1 import ingest_pb2
 from vigil_common.grpc.errors import to_status
+from vigil_common.trace import HEADER, continued
 
 from vigil_ingest.domain import Submission
 
 if TYPE_CHECKING:
+    import grpc
     from vigil.types.v1 import types_pb2
     from vigil_common.errors import VigilError
 
 DEFAULT_CAMERA = "default"
 
 
-def submission(frame: ingest_pb2.Frame) -> Submission:
-    """The frame as the application takes it."""
+def traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The trace context that the call brings; empty for none."""
+    for name, value in context.invocation_metadata() or ():
+        if name == HEADER and isinstance(value, str):
+            return value
+    return ""
+
+
+def submission(frame: ingest_pb2.Frame, traceparent: str) -> Submission:
+    """The frame as the application takes it; without a trace of the call's it begins one."""
     return Submission(
         frame_id=frame.frame_id,
         model=frame.model,
@@ -26,6 +36,7 @@ def submission(frame: ingest_pb2.Frame) -> Submission:
         captured_at_us=frame.captured_at.ToMicroseconds() if frame.HasField("captured_at") else None,
         labels=frame.labels,
         image=frame.image,
+        traceparent=continued(traceparent),
     )
 
 

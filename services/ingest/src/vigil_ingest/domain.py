@@ -33,7 +33,10 @@ MAX_AHEAD_US = 300_000_000
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A frame as a client sent it; times in microseconds, None where the client gave none."""
+    """A frame as a client sent it; times in microseconds, None where the client gave none.
+
+    `traceparent` is the trace that it belongs to (W3C).
+    """
 
     frame_id: str
     model: str
@@ -42,6 +45,7 @@ class Submission:
     captured_at_us: int | None
     labels: Mapping[str, str]
     image: bytes
+    traceparent: str
 
 
 def check(frame: Submission, *, now_us: int) -> int:

@@ -12,8 +12,9 @@ from open_inference import grpc_predict_v2_pb2 as oip
 from open_inference import grpc_predict_v2_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, NotFound, VigilError
+from vigil_common.trace import continued
 
-from vigil_ingest.convert import DEFAULT_CAMERA
+from vigil_ingest.convert import DEFAULT_CAMERA, traceparent
 from vigil_ingest.domain import Submission
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         images = _images(request)
         wanted = [output.name for output in request.outputs]
         outputs = _options(request, wanted)
+        trace = continued(traceparent(context))
         base = request.id or str(uuid.uuid4())
         ids = [base] if len(images) == 1 else [f"{base}.{index}" for index in range(len(images))]
         frames = [
@@ -116,6 +118,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
                 captured_at_us=None,
                 labels={},
                 image=image,
+                traceparent=trace,
             )
             for frame_id, image in zip(ids, images, strict=True)
         ]

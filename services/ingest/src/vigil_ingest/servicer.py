@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil_common.errors import VigilError
 from vigil_common.logging import get_logger
+from vigil_common.trace import trace_id
 
 from vigil_ingest import convert
 from vigil_ingest.app import FRAMES, Ingest
@@ -39,7 +41,7 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         self, request: ingest_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> ingest_pb2.SubmitResponse:
         """One frame, one answer."""
-        response = await self._answer(request)
+        response = await self._answer(request, convert.traceparent(context))
         if response.HasField("error"):
             await context.abort_with_status(rpc_status.to_status(response.error))
         if response.HasField("accepted"):
@@ -54,7 +56,7 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         """Many frames, one response each, as they are done."""
         done: asyncio.Queue[ingest_pb2.StreamResponse | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._window)
-        reader = asyncio.create_task(self._read(request_iterator, room, done))
+        reader = asyncio.create_task(self._read(request_iterator, convert.traceparent(context), room, done))
         try:
             while (response := await done.get()) is not None:
                 yield response
@@ -67,13 +69,14 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
     async def _read(
         self,
         requests: AsyncIterator[ingest_pb2.StreamRequest],
+        traceparent: str,
         room: asyncio.Semaphore,
         done: asyncio.Queue[ingest_pb2.StreamResponse | None],
     ) -> None:
         stopping = asyncio.create_task(self._stopping.wait())
 
         async def one(request: ingest_pb2.StreamRequest) -> None:
-            await done.put(await self._answer(request))
+            await done.put(await self._answer(request, traceparent))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -93,24 +96,39 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             stopping.cancel()
             await done.put(None)
 
-    async def _answer(self, request: ingest_pb2.SubmitRequest | ingest_pb2.StreamRequest) -> ingest_pb2.StreamResponse:
-        """Whatever the frame, one response."""
-        frame = convert.submission(request.frame)
+    async def _answer(
+        self, request: ingest_pb2.SubmitRequest | ingest_pb2.StreamRequest, traceparent: str
+    ) -> ingest_pb2.StreamResponse:
+        """Whatever the frame, one response and one line in the log."""
+        began = time.perf_counter()
+        frame = convert.submission(request.frame, traceparent)
         wait = request.wait_for != ingest_pb2.WAIT_FOR_ACCEPTED
+        version = 0
         try:
             received_at_us, future = await self._app.accept(
                 frame, request.frame.outputs if request.frame.HasField("outputs") else None, wait=wait
             )
             if future is None:
-                FRAMES.labels("accepted").inc()
+                what = "accepted"
                 response = ingest_pb2.StreamResponse(frame_id=frame.frame_id)
                 response.accepted.CopyFrom(convert.acceptance(received_at_us))
-                return response
-            outcome = await self._app.outcome(frame, future, received_at_us)
+            else:
+                outcome = await self._app.outcome(frame, future, received_at_us)
+                what = "judged" if outcome.HasField("verdict") else "failed"
+                version = outcome.verdict.model.version
+                response = convert.answered(outcome)
         except VigilError as error:
-            FRAMES.labels(error.reason.lower()).inc()
-            log.info("frame_refused", frame_id=frame.frame_id[:64], model=frame.model[:64], reason=error.reason)
-            return convert.failed(frame.frame_id, error)
-        FRAMES.labels("judged" if outcome.HasField("verdict") else "failed").inc()
-        log.debug("frame_answered", frame_id=frame.frame_id, model=frame.model)
-        return convert.answered(outcome)
+            what = error.reason.lower()
+            response = convert.failed(frame.frame_id, error)
+        FRAMES.labels(what).inc()
+        log.info(
+            "frame",
+            trace_id=trace_id(frame.traceparent),
+            # What a client sends is cut before it is written down.
+            frame_id=frame.frame_id[:64],
+            model=frame.model[:64],
+            version=version,
+            outcome=what,
+            duration_s=round(time.perf_counter() - began, 6),
+        )
+        return response

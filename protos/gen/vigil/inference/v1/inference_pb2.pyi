@@ -57,7 +57,7 @@ class PredictRequest(_message.Message):
     frame_id: _builtins.str
     """Echoed in the verdict."""
     threshold: _builtins.float
-    """Absent: the bundle's."""
+    """Absent: the one that serves, from the route where this version is live, else the bundle's."""
     @_builtins.property
     def outputs(self) -> _types_pb2.OutputOptions: ...
     def __init__(

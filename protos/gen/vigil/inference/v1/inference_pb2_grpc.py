@@ -52,7 +52,8 @@ class InferenceServiceServicer:
     """
 
     def Predict(self, request, context):
-        """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image.
+        """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image, RESOURCE_EXHAUSTED with a
+        retry delay where too many calls wait already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Predict: _grpc.UnaryUnaryMultiCallable[_inference_pb2.PredictRequest, _inference_pb2.PredictResponse]
-    """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image."""
+    """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image, RESOURCE_EXHAUSTED with a
+    retry delay where too many calls wait already.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]
     """What is loaded, and how it proved itself."""
 
@@ -44,7 +46,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Predict: _aio.UnaryUnaryMultiCallable[_inference_pb2.PredictRequest, _inference_pb2.PredictResponse]  # type: ignore[assignment]
-    """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image."""
+    """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image, RESOURCE_EXHAUSTED with a
+    retry delay where too many calls wait already.
+    """
     Describe: _aio.UnaryUnaryMultiCallable[_inference_pb2.DescribeRequest, _inference_pb2.DescribeResponse]  # type: ignore[assignment]
     """What is loaded, and how it proved itself."""
 
@@ -57,7 +61,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.PredictRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.PredictResponse, _abc.Awaitable[_inference_pb2.PredictResponse]]:
-        """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image."""
+        """Judge one image now, without queue or storage. INVALID_ARGUMENT for a bad image, RESOURCE_EXHAUSTED with a
+        retry delay where too many calls wait already.
+        """
 
     @_abc_1.abstractmethod
     def Describe(
