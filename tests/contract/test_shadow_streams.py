@@ -158,13 +158,16 @@ async def test_a_candidate_far_behind_goes_on_where_live_is_and_the_skipped_are_
 
 async def test_a_step_counts_once_however_often_it_is_tried(streams: Streams) -> None:
     await compare(streams)
-    step = ReportStep("0-0", "5-0", 7, {"pairs": 3}, {"greatest": 9}, {"1:2": 3}, {"f1": b"l"}, (), (b"one",))
+    step = ReportStep(
+        *("0-0", "5-0", 7, {"pairs": 3}, {"greatest": 9}, {"fact": "a b"}, {"1:2": 3}, {"f1": b"l"}),
+        comparisons=(b"one",),
+    )
     assert await streams.reports.commit(M, "1", step)
     assert not await streams.reports.commit(M, "1", step)
-    after = ReportStep("5-0", "6-0", 8, {"pairs": 1}, {"greatest": 4}, {"1:2": 1}, {"f1": b"", "f2": b"c"})
+    after = ReportStep("5-0", "6-0", 8, {"pairs": 1}, {"greatest": 4}, {}, {"1:2": 1}, {"f1": b"", "f2": b"c"})
     assert await streams.reports.commit(M, "1", after)
     fields = await streams.reports.fields(M, "1")
-    assert (fields["pairs"], fields["greatest"]) == ("4", "9")
+    assert (fields["pairs"], fields["greatest"], fields["fact"]) == ("4", "9", "a b")
     assert await streams.reports.joint(M, "1") == {"1:2": 4}
     place = await streams.reports.place(M, "1")
     assert (place.place, place.number, place.open) == ("6-0", 8, {"f2": b"c"})

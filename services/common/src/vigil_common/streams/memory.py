@@ -572,6 +572,7 @@ class MemoryReports:
             report.fields[name] = str(int(report.fields.get(name, "0")) + value)
         for name, value in step.greatest.items():
             report.fields[name] = str(max(value, int(report.fields.get(name, "-1"))))
+        report.fields |= step.facts
         report.joint.update(step.joint)
         report.open.update(step.open)
         report.open = {frame: found for frame, found in report.open.items() if found}

@@ -386,6 +386,7 @@ class ReportStep:
         number: Of the last verdict read.
         adds: What to add to which field.
         greatest: Fields that keep the greatest value, of 0 and more.
+        facts: Fields that have this value from now on.
         joint: What to add to which cell of the joint histogram.
         open: Frames between their first verdict and being forgotten; empty bytes forget.
         disagreements: The worst are kept.
@@ -397,6 +398,7 @@ class ReportStep:
     number: int
     adds: Mapping[str, int] = field(default_factory=dict)
     greatest: Mapping[str, int] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
     joint: Mapping[str, int] = field(default_factory=dict)
     open: Mapping[str, bytes] = field(default_factory=dict)
     disagreements: Sequence[Disagreed] = ()

@@ -681,7 +681,7 @@ class RedisReports:
         replayed = _cursor(run) != _cursor("")
         arguments: list[Any] = [step.after, step.upto, step.number]
         arguments += [REPORT_KEPT_S, DISAGREEMENTS_AT_MOST, COMPARISONS_AT_MOST, "0" if replayed else "1"]
-        for mapping in (step.adds, step.greatest, step.joint, step.open):
+        for mapping in (step.adds, step.greatest, step.facts, step.joint, step.open):
             arguments.append(len(mapping))
             for item in mapping.items():
                 arguments += item

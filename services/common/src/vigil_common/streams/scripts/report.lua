@@ -2,8 +2,8 @@
 -- One step of a report: what was counted, what waits for its pair, and how far it read, all or nothing.
 -- KEYS: cursor, report, joint, open, worst, details, comparisons, verdicts.
 -- ARGV: expected place, new place, new number, seconds to keep, most disagreements kept, most comparisons kept, trim
--- ('1': the verdicts up to the new place go), then five lists, each its length before its items:
---   add field value; greatest field value; joint cell value; open frame_id state ('' forgets it);
+-- ('1': the verdicts up to the new place go), then six lists, each its length before its items:
+--   add field value; greatest field value; fact field value; joint cell value; open frame_id state ('' forgets it);
 --   disagreement frame_id severity detail; comparison.
 -- A step computed from another place than the cursor's was counted before, or belongs to an owner that lost its lease:
 -- it changes nothing and 0 comes back. So no verdict is counted twice, whoever dies when.
@@ -25,6 +25,7 @@ each(2, function(field, value)
     redis.call('HSET', KEYS[2], field, value)
   end
 end)
+each(2, function(field, value) redis.call('HSET', KEYS[2], field, value) end)
 each(2, function(cell, value) redis.call('HINCRBY', KEYS[3], cell, value) end)
 each(2, function(frame, state)
   if state == '' then redis.call('HDEL', KEYS[4], frame) else redis.call('HSET', KEYS[4], frame, state) end

@@ -1,0 +1,1 @@
+"""Shadow: is the candidate better than live?"""
