@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _HEALTH_POLL_S = 0.05
-_INGEST, _STORAGE, _VALKEY, _REDUCT = "ingest", "storage", "valkey", "reductstore"
+_INGEST, _STORAGE, _SHADOW, _VALKEY, _REDUCT = "ingest", "storage", "shadow", "valkey", "reductstore"
 
 
 class StackError(RuntimeError):
@@ -31,7 +31,8 @@ class StackError(RuntimeError):
 class LocalStack:
     """The platform on this machine, without workers until `add_worker`.
 
-    Names of the parts: "valkey", "reductstore" (where one is started), "storage", "ingest", "worker-MODEL-VERSION".
+    Names of the parts: "valkey", "reductstore" (where one is started), "storage", "ingest", "shadow",
+    "worker-MODEL-VERSION".
 
     Args:
         folder: Data, caches and `logs/NAME.log`.
@@ -61,6 +62,7 @@ class LocalStack:
         self.store_url = ""
         self.storage_address = ""
         self.ingest_address = ""
+        self.shadow_address = ""
         self.worker_addresses: dict[str, str] = {}
         self._maxmemory = maxmemory
         self._ready_s = ready_s
@@ -152,9 +154,14 @@ class LocalStack:
         self._add_service(
             _INGEST, "vigil_ingest", INGEST_BIND=self._bind(_INGEST), STORAGE_ADDRESS=self._bind(_STORAGE)
         )
+        self._add_service(
+            _SHADOW, "vigil_shadow", SHADOW_BIND=self._bind(_SHADOW), STORAGE_ADDRESS=self._bind(_STORAGE)
+        )
         self.storage_address, self.ingest_address = self._bind(_STORAGE), self._bind(_INGEST)
-        await asyncio.gather(self.start(_STORAGE), self.start(_INGEST))
-        self.log(f"storage ready at {self.storage_address}, ingest at {self.ingest_address}")
+        self.shadow_address = self._bind(_SHADOW)
+        await asyncio.gather(self.start(_STORAGE), self.start(_INGEST), self.start(_SHADOW))
+        addresses = f"ingest at {self.ingest_address}, shadow at {self.shadow_address}"
+        self.log(f"storage ready at {self.storage_address}, {addresses}")
 
     def _bind(self, name: str) -> str:
         if name not in self._ports:
