@@ -9,13 +9,16 @@ REDUCTSTORE_VERSION := 1.21.5
 REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
 RUN := $(UV) run --frozen
 
-.PHONY: help demo test check bench protos reductstore
+.PHONY: help demo demo-shadow test check bench protos reductstore
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.synced ## Train, publish, stream 300 real solar cells through every service, and count
 	$(RUN) vigil demo
+
+demo-shadow: .venv/.synced ## A good, a broken and a hardly seen candidate beside live: what the gates say
+	$(RUN) vigil demo-shadow
 
 test: .venv/.synced $(REDUCTSTORE) ## Unit, contract and integration tests against real Valkey and ReductStore
 	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) pytest $(ARGS)

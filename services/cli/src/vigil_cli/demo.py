@@ -55,11 +55,16 @@ class Split:
     test: tuple[tuple[Path, bool], ...]
 
 
-def split_cells() -> Split:
-    """The same split each time: 350 normal to train; 150 normal and 150 defective to test."""
+def mono_cells() -> list[tuple[Path, float]]:
+    """Every monocrystalline cell, with how likely people found it to be defective."""
     folder = Path(str(resources.files("elpv_dataset"))) / "data"
     with (folder / "labels.csv").open() as table:
-        rows = [(folder / row[0], float(row[1])) for row in csv.reader(_squeezed(table.read())) if row[2] == "mono"]
+        return [(folder / row[0], float(row[1])) for row in csv.reader(_squeezed(table.read())) if row[2] == "mono"]
+
+
+def split_cells() -> Split:
+    """The same split each time: 350 normal to train; 150 normal and 150 defective to test."""
+    rows = mono_cells()
     normal = [path for path, probability in rows if probability == 0.0]
     defective = [path for path, probability in rows if probability == 1.0]
     shuffled = random.Random(0)  # noqa: S311 - a reproducible split, no secret

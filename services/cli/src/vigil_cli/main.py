@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vigil_cli import frames, models
+from vigil_cli import frames, models, shadow
 from vigil_cli.options import console, run
 from vigil_cli.sources import find_images
 from vigil_cli.stream import stream
@@ -14,6 +14,7 @@ app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.
 app.command()(stream)
 app.add_typer(frames.app, name="frames")
 app.add_typer(models.app, name="model")
+app.add_typer(shadow.app, name="shadow")
 
 
 @app.command()
@@ -45,3 +46,13 @@ def demo(
     from vigil_cli.demo import run_demo  # noqa: PLC0415 - needs the demo extra
 
     raise typer.Exit(run(run_demo(out)))
+
+
+@app.command("demo-shadow")
+def demo_shadow(
+    out: Annotated[Path, typer.Option(help="Where logs, data and reports go.")] = Path("out/demo-shadow"),
+) -> None:
+    """Compare a good, a broken and a hardly seen candidate with the same live version, on real solar cells."""
+    from vigil_cli.demo_shadow import run_demo_shadow  # noqa: PLC0415 - needs the demo extra
+
+    raise typer.Exit(run(run_demo_shadow(out)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput, NotFound, Unavailable
 from vigil_common.evidence import Decision, Gates, decide
 
-from vigil_shadow.replay import Progress, ReplayRequest, replay
+from vigil_shadow.replay import Progress, ReplayRequest
+from vigil_shadow.replay import replay as replay_frames
 from vigil_shadow.report import Report
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ MAX_PAGE = 100
 # A watched report's ranks may be this old: they cost more to read than all counts.
 JOINT_AGE_S = 5.0
 LEAST_INTERVAL_S = 0.1
+REPLAY = "replay-"
 
 
 class Shadow:
@@ -89,7 +92,9 @@ class Shadow:
 
     @staticmethod
     def decide(report: Report, gates: Gates) -> Decision:
-        """What the gates say of it."""
+        """What the gates say of it; those of time do not ask of a replay, since stored verdicts know no such time."""
+        if report.run.startswith(REPLAY):
+            gates = replace(gates, min_duration_s=0.0, max_latency_ratio=None)
         return decide(gates, report.numbers, report.elapsed_s)
 
     async def watch(self, model: str, interval_s: float) -> AsyncIterator[tuple[Report, bool]]:
@@ -117,7 +122,7 @@ class Shadow:
             raise Unavailable("NO_STORAGE", "shadow knows no storage to replay from; set VIGIL_STORAGE_ADDRESS")
         judge = self._judge(request.worker)
         try:
-            async for progress in replay(request, self._reports, self._archive, judge):
+            async for progress in replay_frames(request, self._reports, self._archive, judge):
                 yield progress
         finally:
             await judge.close()
