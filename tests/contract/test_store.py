@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
 from vigil_common.store import labels as gate
-from vigil_common.store.embedded import EmbeddedFrameStore, EmbeddedModelStore
+from vigil_common.store.embedded import EmbeddedFrameStore
+from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.open import open_stores
 from vigil_common.store.ports import FrameFilter, FrameStore, Labelling, ModelInfo, ModelStore, Record, Written
-from vigil_common.store.reduct import ReductFrameStore, ReductModelStore, condition
+from vigil_common.store.reduct import ReductFrameStore, condition
+from vigil_common.store.reduct_models import ReductModelStore
 
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 

@@ -9,9 +9,7 @@ import asyncio
 import hashlib
 import json
 import math
-import os
 import sqlite3
-import tempfile
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +19,7 @@ import aiosqlite
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
 from vigil_common.store import labels as gate
 from vigil_common.store.find import find_frame
-from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Written
+from vigil_common.store.ports import FrameFilter, StoredRecord, Written
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
@@ -38,26 +36,21 @@ CREATE TABLE IF NOT EXISTS frames (
 CREATE INDEX IF NOT EXISTS frames_by_id ON frames (frame_id);
 CREATE TABLE IF NOT EXISTS bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL);
 """
-_MODELS = """
-CREATE TABLE IF NOT EXISTS models (
-    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, size_bytes INTEGER NOT NULL,
-    formats TEXT NOT NULL, published_at_us INTEGER NOT NULL, manifest TEXT NOT NULL,
-    PRIMARY KEY (name, version)) WITHOUT ROWID;
-"""
 _COLUMNS = "entry, timestamp_us, labels, size_bytes, content_type"
-_MODEL_COLUMNS = "name, version, digest, size_bytes, formats, published_at_us, manifest"
 
 
 @asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
+async def translated() -> AsyncIterator[None]:
+    """Turn the library's errors into ours."""
     try:
         yield
     except (sqlite3.OperationalError, OSError) as error:
         raise Unavailable("STORE_UNAVAILABLE", f"the store's folder: {error}; try again", retry_after_s=1.0) from error
 
 
-async def _open(path: Path, schema: str) -> aiosqlite.Connection:
-    async with _translated():
+async def open_database(path: Path, schema: str) -> aiosqlite.Connection:
+    """A database of this schema, durable at each commit."""
+    async with translated():
         await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
         connection = await aiosqlite.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_S)
         await connection.execute("PRAGMA journal_mode = WAL")
@@ -99,12 +92,12 @@ class EmbeddedFrameStore:
     @classmethod
     async def open(cls, folder: Path) -> Self:
         """Open the folder, made where it is missing."""
-        return cls(await _open(Path(folder) / "frames.db", _FRAMES))
+        return cls(await open_database(Path(folder) / "frames.db", _FRAMES))
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch in one transaction; see the port."""
         try:
-            async with self._lock, _translated(), _transaction(self._db):
+            async with self._lock, translated(), _transaction(self._db):
                 return [await self._write_one(record) for record in records]
         except Unavailable as error:
             return [error] * len(records)
@@ -139,7 +132,7 @@ class EmbeddedFrameStore:
     async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
         """Label stored records in one transaction; see the port."""
         try:
-            async with self._lock, _translated(), _transaction(self._db):
+            async with self._lock, translated(), _transaction(self._db):
                 return [await self._label_one(change) for change in changes]
         except Unavailable as error:
             return [error] * len(changes)
@@ -159,7 +152,7 @@ class EmbeddedFrameStore:
         if not expected:
             return set()
         statement = "SELECT timestamp_us, sha256 FROM frames WHERE entry = ? AND timestamp_us BETWEEN ? AND ?"
-        async with _translated():
+        async with translated():
             rows = await self._db.execute_fetchall(statement, (entry, min(expected), max(expected)))
         return {at for at, sha256 in rows if expected.get(at) == sha256}
 
@@ -200,7 +193,7 @@ class EmbeddedFrameStore:
                 clauses.append(f"json_extract(labels, '$.{name}') IS {test}")
         # Every name in it has passed the gate; values are bound.
         statement = f"SELECT {_COLUMNS} FROM frames WHERE {' AND '.join(clauses)} ORDER BY timestamp_us, entry LIMIT ?"  # noqa: S608
-        async with _translated():
+        async with translated():
             rows = await self._db.execute_fetchall(statement, (*arguments, max(0, limit)))
         for row in rows:
             yield _stored(row)
@@ -210,7 +203,7 @@ class EmbeddedFrameStore:
         statement = (
             f"SELECT {_COLUMNS}, body FROM frames JOIN bodies ON id = body_id WHERE entry = ? AND timestamp_us = ?"  # noqa: S608
         )
-        async with _translated():
+        async with translated():
             rows = list(await self._db.execute_fetchall(statement, (entry, timestamp_us)))
         if not rows:
             raise NotFound("UNKNOWN_RECORD", f"no record at {entry} {timestamp_us}")

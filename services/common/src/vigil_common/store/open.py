@@ -26,11 +26,13 @@ async def open_stores(url: str, token: str | None) -> tuple[FrameStore, ModelSto
     # Imported where they are needed: each store's library is an extra of its own.
     parts = urlsplit(url)
     if parts.scheme in ("http", "https"):
-        from vigil_common.store.reduct import ReductFrameStore, ReductModelStore  # noqa: PLC0415
+        from vigil_common.store.reduct import ReductFrameStore  # noqa: PLC0415
+        from vigil_common.store.reduct_models import ReductModelStore  # noqa: PLC0415
 
         return await ReductFrameStore.open(url, token), await ReductModelStore.open(url, token)
     if parts.scheme == "file":
-        from vigil_common.store.embedded import EmbeddedFrameStore, EmbeddedModelStore  # noqa: PLC0415
+        from vigil_common.store.embedded import EmbeddedFrameStore  # noqa: PLC0415
+        from vigil_common.store.embedded_models import EmbeddedModelStore  # noqa: PLC0415
 
         folder = Path(unquote(parts.path))
         return await EmbeddedFrameStore.open(folder), await EmbeddedModelStore.open(folder)

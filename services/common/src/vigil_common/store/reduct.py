@@ -10,19 +10,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import heapq
-import json
 import re
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, replace
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-import aiohttp
-from reduct import BucketSettings, Client, QuotaType, RecordBatch, ReductError
+from reduct import RecordBatch, ReductError
 
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable, VigilError
 from vigil_common.store import labels as gate
 from vigil_common.store.find import find_frame
-from vigil_common.store.ports import FrameFilter, ModelInfo, StoredRecord, Written
+from vigil_common.store.ports import FrameFilter, StoredRecord, Written
+from vigil_common.store.reduct_client import (
+    BROKEN,
+    CONFLICT,
+    NETWORK,
+    NOT_FOUND,
+    TOO_EARLY,
+    TROUBLE,
+    open_bucket,
+    status,
+    translate,
+    translated,
+    unavailable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
