@@ -30,6 +30,7 @@ check: .venv/.synced ## Lint, format, types, import contracts, generated code, l
 	$(RUN) mypy
 	$(RUN) lint-imports
 	$(RUN) python protos/generate.py --check
+	$(RUN) python -m vigil_operator.crd --check
 
 bench: .venv/.synced $(REDUCTSTORE) ## The whole path beside the bare model, in one run
 	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.bench $(ARGS)
@@ -49,6 +50,6 @@ $(CACHE)/uv-$(UV_VERSION)/bin/uv:
 	python3 -m venv $(CACHE)/uv-$(UV_VERSION)
 	$(CACHE)/uv-$(UV_VERSION)/bin/pip install --quiet uv==$(UV_VERSION)
 
-.venv/.synced: $(UV) uv.lock pyproject.toml protos/pyproject.toml $(wildcard services/*/pyproject.toml)
+.venv/.synced: $(UV) uv.lock pyproject.toml protos/pyproject.toml $(wildcard services/*/pyproject.toml) operator/pyproject.toml
 	$(UV) sync --frozen
 	@touch $@

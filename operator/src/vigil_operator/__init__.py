@@ -1,0 +1,1 @@
+"""The operator. Pure: spec, status, crd, phases, observed, plan, render. Effects: the rest."""
