@@ -23,7 +23,7 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Answer:
-    """What one version says of a frame; a score of None could not be judged."""
+    """What one version says of a frame, as exactly as a verdict does; a score of None could not be judged."""
 
     frame_id: str
     candidate: bool
@@ -32,6 +32,10 @@ class Answer:
     threshold: float = THRESHOLD
     digest: str = ""
     side: int = 0
+
+    def __post_init__(self) -> None:
+        if self.score is not None:
+            object.__setattr__(self, "score", float(np.float32(self.score)))
 
     @property
     def anomalous(self) -> bool:
@@ -106,8 +110,7 @@ def expected(answers: Iterable[Answer]) -> dict[str, int]:
         counts["candidate_anomalous"] += candidate.anomalous
         counts["new_alarms"] += candidate.anomalous and not live.anomalous
         counts["new_misses"] += live.anomalous and not candidate.anomalous
-        first, second = (np.float32(one.score) for one in (live, candidate))
-        counts["difference_micro"] += round((float(second) - float(first)) * 1_000_000)
+        counts["difference_micro"] += round((candidate.score - live.score) * 1_000_000)
     return {name: count for name, count in counts.items() if count}
 
 

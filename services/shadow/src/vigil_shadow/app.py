@@ -24,6 +24,7 @@ DEFAULT_PAGE = 20
 MAX_PAGE = 100
 # A watched report's ranks may be this old: they cost more to read than all counts.
 JOINT_AGE_S = 5.0
+FEW_MORE = 1.1
 LEAST_INTERVAL_S = 0.1
 REPLAY = "replay-"
 
@@ -83,7 +84,8 @@ class Shadow:
     async def _joint(self, model: str, run: str, frames: int, max_age_s: float) -> dict[str, int]:
         now = asyncio.get_running_loop().time()
         read_at, counted, joint = self._joints.get((model, run), (0.0, -1, {}))
-        if counted != frames and (counted < 0 or now - read_at >= max_age_s):
+        few_more = counted < frames <= counted * FEW_MORE and now - read_at < max_age_s
+        if counted != frames and not few_more:
             joint = await self._reports.joint(model, run)
             self._joints[model, run] = (now, frames, joint)
             if len(self._joints) > MAX_PAGE:

@@ -46,7 +46,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     handle = create_server(settings.shadow_bind, access=ACCESS, security=settings)
     shadow_pb2_grpc.add_ShadowServiceServicer_to_server(ShadowServicer(app), handle.server)
     consumer = uuid.uuid4().hex
-    options = ComparerOptions(settings.shadow_batch_size, settings.shadow_window)
+    options = ComparerOptions(settings.shadow_batch_size, settings.shadow_window, settings.shadow_lease_ms)
     comparers = Comparers(streams.routing, lambda model: streams.verdicts(model, consumer), streams.reports, options)
     comparing = asyncio.create_task(comparers.run(stop))
     await handle.start()

@@ -35,12 +35,12 @@ class ComparerOptions:
     Attributes:
         batch_size: Most verdicts of one step.
         window: Verdicts that a frame waits for its pair.
-        lease_ms: How long a dead owner keeps others waiting.
+        lease_ms: How long a dead owner keeps others waiting; that no verdict counts twice does not hang on it.
     """
 
     batch_size: int = 256
     window: int = WINDOW
-    lease_ms: int = 6_000
+    lease_ms: int = 3_000
 
 
 class Comparer:
@@ -78,6 +78,7 @@ class Comparer:
         metrics.OWNED.labels(self._model).set(1)
         loop = asyncio.get_running_loop()
         renewed = loop.time()
+        block_ms = min(READ_BLOCK_MS, self._options.lease_ms // 4)
         while not stop.is_set():
             if loop.time() - renewed > self._options.lease_ms / 4000:
                 if not await self._source.own(ttl_ms=self._options.lease_ms):
@@ -85,7 +86,7 @@ class Comparer:
                     metrics.OWNED.labels(self._model).set(0)
                     return
                 renewed = loop.time()
-            verdicts = await self._source.read(self._place, count=self._options.batch_size, block_ms=READ_BLOCK_MS)
+            verdicts = await self._source.read(self._place, count=self._options.batch_size, block_ms=block_ms)
             for run, part in groupby(verdicts, key=lambda verdict: str(verdict.comparison)):
                 if not await self._step(run, list(part)):
                     return

@@ -18,6 +18,7 @@ class Settings(SecuritySettings):
         metrics_port: Prometheus metrics; 0 for none.
         shadow_batch_size: Most verdicts of one step.
         shadow_window: Verdicts that a frame waits for its pair; over twice the frames that a candidate may be behind.
+        shadow_lease_ms: After this long another replica takes over the reports of one that died.
         drain_s: How long calls under way may take at a stop.
         log_level: Least level logged.
     """
@@ -30,5 +31,6 @@ class Settings(SecuritySettings):
     metrics_port: int = 9090
     shadow_batch_size: int = 256
     shadow_window: int = WINDOW
+    shadow_lease_ms: int = 3_000
     drain_s: float = 5.0
     log_level: str = "INFO"
