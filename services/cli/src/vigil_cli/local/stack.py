@@ -41,7 +41,8 @@ class LocalStack:
         maxmemory: Valkey's memory limit.
         ready_s: How long a part may take to become ready.
         log_level: Of the services.
-        env: More settings for every service, such as VIGIL_CONFIRM_AFTER_S.
+        env: More settings for every service, such as VIGIL_CONFIRM_AFTER_S. Valkey and ReductStore ask for what is in
+            VIGIL_REDIS_PASSWORD_FILE and VIGIL_STORE_TOKEN_FILE.
     """
 
     def __init__(
@@ -183,7 +184,12 @@ class LocalStack:
         self.redis_url = f"redis://{address}/0"
         settings = f"--bind 127.0.0.1 --port {address.rpartition(':')[2]} --appendonly yes --appendfsync always"
         limits = f"--maxmemory {self._maxmemory} --maxmemory-policy noeviction"
-        command = [str(get_binary_path()), "--dir", str(data), *settings.split(), *limits.split(), "--save", ""]
+        password = self._secret("VIGIL_REDIS_PASSWORD_FILE")
+        config = data / "valkey.conf"  # not an argument, which everybody on the machine could read
+        config.touch(mode=0o600)
+        config.write_text(f"requirepass {password}\n" if password else "")
+        command = [str(get_binary_path()), str(config), "--dir", str(data), *settings.split(), *limits.split()]
+        command += ["--save", ""]
         self._add(_VALKEY, command, dict(os.environ))
 
     def _add_reductstore(self, binary: Path) -> None:
@@ -192,12 +198,23 @@ class LocalStack:
         settings = {
             "RS_DATA_PATH": str(data),
             "RS_HOST": "127.0.0.1",
-            "RS_DISABLE_AUTH": "true",  # bound to this machine only
             "RS_PORT": self._bind(_REDUCT).rpartition(":")[2],
             "RS_ENGINE_COMPACTION_INTERVAL": "1",
             "RS_RWLOCK_TIMEOUT": "5",
         }
+        token = self._secret("VIGIL_STORE_TOKEN_FILE")
+        # Without one it is open, but to this machine only.
+        settings |= {"RS_API_TOKEN": token} if token else {"RS_DISABLE_AUTH": "true"}
         self._add(_REDUCT, [str(binary)], {**os.environ, **settings})
+
+    def _secret(self, name: str) -> str:
+        """What the file of a setting holds; empty without the setting."""
+        file = self._service_env.get(name)
+        return Path(file).read_text().strip() if file else ""
+
+    def _health(self, name: str) -> str:
+        """Where a service answers probes: beside TLS on a port of their own."""
+        return self._bind(f"{name}.health" if "VIGIL_TLS_CERT_FILE" in self._service_env else name)
 
     def _add_service(self, name: str, module: str, **settings: str) -> None:
         defaults = {
@@ -206,6 +223,8 @@ class LocalStack:
             "METRICS_PORT": "0",
             "CACHE_DIR": str(self.folder / "cache" / name),
         }
+        if self._health(name) != self._bind(name):
+            defaults["HEALTH_BIND"] = self._health(name)
         env = {f"VIGIL_{key}": value for key, value in {**defaults, **settings}.items()}
         self._add(name, [sys.executable, "-m", module], {**os.environ, **self._service_env, **env})
 
@@ -235,7 +254,7 @@ class LocalStack:
         try:
             writer.write(b"PING\r\n")
             # While it loads its data it answers -LOADING.
-            return (await reader.readline()).startswith(b"+PONG")
+            return (await reader.readline()).startswith((b"+PONG", b"-NOAUTH"))
         except OSError:
             return False
         finally:
@@ -255,7 +274,7 @@ class LocalStack:
         return await asyncio.to_thread(alive)
 
     async def _grpc_ready(self, name: str) -> bool:
-        async with grpc.aio.insecure_channel(self._bind(name)) as channel:
+        async with grpc.aio.insecure_channel(self._health(name)) as channel:
             try:
                 # The stub's methods are not in its types.
                 stub = cast("Any", health_pb2_grpc.HealthStub(channel))

@@ -10,7 +10,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from vigil_common.errors import DOMAIN, VigilError
-from vigil_common.grpc.handlers import behaviour_of, with_behaviour
+from vigil_common.grpc.handlers import behaviour_of, drained, with_behaviour
 from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _single(method: Any) -> Any:
         try:
             return await method(request, context)
         except VigilError as error:
+            await drained(request)
             await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
     return call

@@ -12,7 +12,7 @@ from grpc_status import rpc_status
 from vigil_common.access import Principal, Role, Tokens, enter, require
 from vigil_common.errors import Forbidden, InvalidInput, Unauthenticated, VigilError
 from vigil_common.grpc.errors import to_status
-from vigil_common.grpc.handlers import behaviour_of, with_behaviour
+from vigil_common.grpc.handlers import behaviour_of, drained, with_behaviour
 from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def _refusal(handler: Any, error: VigilError) -> Any:
     if handler is None:
         return None
 
-    async def refuse(_request: Any, context: Any) -> None:
+    async def refuse(request: Any, context: Any) -> None:
+        await drained(request)
         await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
     async def refuse_stream(request: Any, context: Any) -> Any:
