@@ -1,0 +1,16 @@
+{{/* Combinations that can't work, each with a sentence. */}}
+{{- define "vigil.check" -}}
+{{- $v := .Values -}}
+{{- if and $v.valkey.enabled $v.externalRedis.url }}{{ fail "Two Redis: give externalRedis.url, or leave valkey.enabled true, not both." }}{{ end -}}
+{{- if and (not $v.valkey.enabled) (not $v.externalRedis.url) }}{{ fail "No Redis: set externalRedis.url, or valkey.enabled to true." }}{{ end -}}
+{{- if and $v.reductstore.enabled $v.externalReductStore.url }}{{ fail "Two ReductStores: give externalReductStore.url, or leave reductstore.enabled true, not both." }}{{ end -}}
+{{- if and (not $v.reductstore.enabled) (not $v.externalReductStore.url) }}{{ fail "No ReductStore: set externalReductStore.url, or reductstore.enabled to true." }}{{ end -}}
+{{- if and $v.tls.enabled (not $v.tls.existingSecret) (not $v.tls.certManager.enabled) }}{{ fail "TLS without a certificate: name its Secret in tls.existingSecret, or set tls.certManager.enabled." }}{{ end -}}
+{{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuer) }}{{ fail "cert-manager without an issuer: set tls.certManager.issuer." }}{{ end -}}
+{{- if and $v.tls.certManager.enabled (not $v.tls.enabled) }}{{ fail "tls.certManager.enabled does nothing without tls.enabled: set both." }}{{ end -}}
+{{- if and $v.tls.clientCertificates (not $v.tls.enabled) }}{{ fail "tls.clientCertificates needs tls.enabled." }}{{ end -}}
+{{- if and $v.auth.enabled (not (and $v.auth.tokensSecret $v.auth.serviceTokenSecret)) }}{{ fail "Tokens without Secrets: set auth.tokensSecret and auth.serviceTokenSecret." }}{{ end -}}
+{{- if and $v.auth.enabled (not $v.tls.enabled) }}{{ fail "Tokens over plain text can be read on the way: auth.enabled needs tls.enabled." }}{{ end -}}
+{{- if and $v.reductstore.enabled (le (float64 $v.storage.confirmAfterSeconds) (float64 $v.reductstore.compactionIntervalSeconds)) }}{{ fail "storage.confirmAfterSeconds must be over reductstore.compactionIntervalSeconds: what is looked for earlier may still be lost with the server." }}{{ end -}}
+{{- if and $v.ingest.autoscaling.enabled (gt (int $v.ingest.autoscaling.minReplicas) (int $v.ingest.autoscaling.maxReplicas)) }}{{ fail "ingest.autoscaling.minReplicas is over maxReplicas." }}{{ end -}}
+{{- end }}
