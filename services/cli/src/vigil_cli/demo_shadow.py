@@ -21,7 +21,7 @@ from vigil_cli.demo import mono_cells, split_cells
 from vigil_cli.local import LocalStack, StackError
 from vigil_cli.models import make_live
 from vigil_cli.options import console, errors
-from vigil_cli.shadow import gates_of, set_candidate, show
+from vigil_cli.shadow import gates_of, set_candidate, show, stored_images
 from vigil_cli.shadow_client import ShadowClient
 from vigil_cli.shadow_html import PICTURES, write_html
 from vigil_cli.shadow_lines import OUTCOMES
@@ -43,8 +43,8 @@ _GATES = {
     "min_frames": 200,
     "min_anomalous": 20,
     "min_duration_s": 3,
-    "max_flip_fraction": 0.1,
-    "max_new_misses": 0.15,
+    "max_flip_fraction": 0.05,
+    "max_new_misses": 0.1,
     "max_latency_ratio": 2,
     "max_error_fraction": 0.01,
 }
@@ -138,8 +138,8 @@ class _Demo:
             show(found)
             path = self._out / f"{name}.html"
             worst = await shadow.disagreements(MODEL, limit=PICTURES)
-        async with StorageClient(self._stack.storage_address) as storage:
-            images = {one.frame_id: (await storage.frames_get(MODEL, one.frame_id))[1] for one in worst}
+        await self.lost()
+        images = await stored_images(self._stack.storage_address, None, MODEL, worst)
         await asyncio.to_thread(write_html, path, found, worst, images)
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
         await set_candidate(self._stack.redis_url, MODEL, None)

@@ -125,7 +125,7 @@ def report(
             found = await shadow.report(model, run=run_name, gates=gates, detail=output is not None)
             if output is not None:
                 worst = await shadow.disagreements(model, run=run_name, limit=PICTURES)
-                images = await _images(storage_address, token, model, worst)
+                images = await stored_images(storage_address, token, model, worst)
                 write_html(output, found, worst, images)
         return found
 
@@ -138,7 +138,7 @@ def report(
         console.print(f"written to {output}", highlight=False)
 
 
-async def _images(
+async def stored_images(
     address: str, token: str | None, model: str, worst: list[shadow_pb2.Disagreement]
 ) -> dict[str, bytes]:
     """The frames' images, of those that are stored."""

@@ -135,6 +135,8 @@ class Decision:
     @property
     def reason(self) -> str:
         """The sentences of the gates that decided it."""
+        if self.overall is Outcome.PASS:
+            return "every gate passes"
         return "; ".join(gate.reason for gate in self.gates if gate.outcome is self.overall)
 
 

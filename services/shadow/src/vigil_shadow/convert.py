@@ -227,8 +227,10 @@ def _measures(found: Report, message: shadow_pb2.Report) -> None:
     if frames:
         difference.mean = found.count("difference_micro") / frames / 1e6
         difference.mean_absolute = found.count("difference_abs_micro") / frames / 1e6
-        difference.p50, difference.p95 = (found.share("difference", part) for part in (0.5, 0.95))
         difference.max = found.count("difference_max_micro") / 1e6
+        # Bins are rounded up, but nothing is over the greatest.
+        shares = (found.share("difference", part) for part in (0.5, 0.95))
+        difference.p50, difference.p95 = (min(share, difference.max) for share in shares)
     for name, part in (("live_p50", 0.5), ("live_p95", 0.95), ("candidate_p50", 0.5), ("candidate_p95", 0.95)):
         time_us = found.time_us(name.partition("_")[0], part)
         if time_us is not None:
