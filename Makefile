@@ -30,6 +30,7 @@ check: .venv/.synced ## Lint, format, types, import contracts, generated code, l
 	$(RUN) mypy
 	$(RUN) lint-imports
 	$(RUN) python protos/generate.py --check
+	$(RUN) python charts/generate.py --check
 	$(RUN) python -m vigil_operator.crd --check
 
 bench: .venv/.synced $(REDUCTSTORE) ## The whole path beside the bare model, in one run

@@ -38,6 +38,13 @@ QUEUED = Histogram(
     "From acceptance until a worker read the frame",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 30, 300),
 )
+# Their mean moving is the first sign that light, camera or product changed.
+SCORES = Histogram(
+    "vigil_inference_score",
+    "Anomaly scores",
+    ["model", "version"],
+    buckets=(0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
 BLOCK_MS = 500
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
@@ -282,6 +289,7 @@ class Worker:
             await asyncio.to_thread(convert.add_pictures, found, judged, header.outputs)
             reply = _serialised(found)
         FRAMES.labels("judged").inc()
+        SCORES.labels(self._version.name, str(self._version.version)).observe(judged.score)
         log.debug(
             "frame_judged",
             **self._context(header),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from open_inference import grpc_predict_v2_pb2_grpc
 from vigil.ingest.v1 import ingest_pb2_grpc
 from vigil_common.access import Role
+from vigil_common.errors import Unavailable
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
 from vigil_common.streams.redis import RedisStreams
@@ -23,7 +25,23 @@ if TYPE_CHECKING:
 STREAM = {"*": frozenset({Role.STREAM})}
 ACCESS = {"vigil.ingest.v1.IngestService": STREAM, "inference.GRPCInferenceService": STREAM}
 
+RETRY_S = 1.0
+
 log = get_logger()
+
+
+async def _queue_there(streams: RedisStreams, stop: asyncio.Event) -> bool:
+    """Wait for the queue; false where the process is stopped before it comes."""
+    while not stop.is_set():
+        try:
+            await streams.ping()
+        except Unavailable as error:
+            log.warning("queue_unavailable", message=error.message)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RETRY_S)
+        else:
+            return True
+    return False
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -44,9 +62,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         OpenInferenceServicer(app, stopping=stopping), handle.server
     )
     await handle.start()
-    await streams.ping()
-    await handle.ready()
-    log.info("ready", port=handle.port)
+    if await _queue_there(streams, stop):
+        await handle.ready()
+        log.info("ready", port=handle.port)
     await stop.wait()
     stopping.set()
     await handle.drain(settings.drain_s)

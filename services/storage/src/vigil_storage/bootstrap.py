@@ -15,6 +15,7 @@ from vigil_common.logging import get_logger
 from vigil_common.store.open import open_stores
 from vigil_common.streams.redis import RedisStreams
 
+from vigil_storage import depths
 from vigil_storage.app import Storage
 from vigil_storage.bundles import inspect
 from vigil_storage.servicer import FrameServicer, ModelServicer
@@ -72,12 +73,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     )
     writers = Writers(streams.routing, lambda model: streams.outcomes(model, consumer), frames, options)
     writing = asyncio.create_task(writers.run(stop))
+    measuring = asyncio.create_task(depths.run(streams.queue, streams.routing, stop))
     await handle.start()
     await handle.ready()
     log.info("ready", port=handle.port)
     await stop.wait()
     await handle.drain(settings.drain_s)
-    await writing
+    await asyncio.gather(writing, measuring)
     for part in (streams, frames, models):
         await part.close()
     log.info("drained")

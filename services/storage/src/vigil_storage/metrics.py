@@ -9,3 +9,10 @@ FRAMES = Counter("vigil_storage_frames_total", "Frames by what became of them", 
 CONFIRMED = Counter("vigil_storage_confirmed_total", "Frames found again in the store and freed", ["model"])
 UNCONFIRMED = Gauge("vigil_storage_unconfirmed_frames", "Frames written and not yet confirmed", ["model"])
 WRITE_SECONDS = Histogram("vigil_storage_write_seconds", "One batch, retries included", ["model"])
+
+# Of each model's queue in Redis; every replica tells the same.
+QUEUE_FRAMES = Gauge("vigil_queue_frames", "Frames in the queue", ["model"])
+QUEUE_BYTES = Gauge("vigil_queue_image_bytes", "Their bytes, of the queue's budget", ["model"])
+QUEUE_UNJUDGED = Gauge("vigil_queue_unjudged_frames", "Frames that live has yet to judge", ["model"])
+QUEUE_UNSTORED = Gauge("vigil_queue_unstored_frames", "Frames judged and not yet known to be kept", ["model"])
+QUEUE_DEAD = Gauge("vigil_queue_dead_frames", "Frames given up on", ["model"])

@@ -1,0 +1,5 @@
+"""Entry point of the image: `python -m vigil_cli`."""
+
+from vigil_cli.main import app
+
+app()
