@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 from PIL import Image
 from vigil_client import Failure, Frame, ServiceError, StorageClient, VigilClient
@@ -39,13 +38,6 @@ def _token_of_file() -> str | None:
     return Path(path).read_text().strip() if path else None
 
 
-def _credentials() -> grpc.ChannelCredentials | None:
-    files = {name: os.environ.get(f"VIGIL_TLS_{name}_FILE") for name in ("CA", "KEY", "CERT")}
-    if not files["CA"]:
-        return None
-    return grpc.ssl_channel_credentials(*(Path(path).read_bytes() if path else None for path in files.values()))
-
-
 def _picture() -> bytes:
     """A grey slope: an image like any other, and small."""
     buffer = io.BytesIO()
@@ -56,10 +48,9 @@ def _picture() -> bytes:
 async def _check(
     image: bytes, model: str, address: str, storage_address: str, *, deadline_s: float, token: str | None
 ) -> int:
-    credentials = _credentials()
     async with (
-        VigilClient(address, channel_credentials=credentials, token=token, max_retry_s=deadline_s) as client,
-        StorageClient(storage_address, channel_credentials=credentials, token=token) as storage,
+        VigilClient(address, token=token, max_retry_s=deadline_s) as client,
+        StorageClient(storage_address, token=token) as storage,
     ):
         models = await storage.models_list()
         names = ", ".join(sorted({known.name for known in models})) or "none"
