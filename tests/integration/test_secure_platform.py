@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 import secrets
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import grpc
@@ -110,3 +114,32 @@ async def test_frames_pass_only_with_certificate_and_token_and_the_stores_ask_fo
             found.path("store-token").read_text(),
         ):
             assert secret not in logs
+
+
+async def test_the_commands_take_certificates_and_passwords_from_the_environment(tmp_path: Path) -> None:
+    found = Secrets(tmp_path)
+    bundle, image = tmp_path / "cells.tar", tmp_path / "cell.png"
+    bundle.write_bytes(trained_bundle())
+    image.write_bytes(load_cells().normal[0])
+    async with LocalStack(tmp_path / "stack", env=found.env) as stack:
+        where = {
+            "VIGIL_ADDRESS": stack.ingest_address,
+            "VIGIL_STORAGE_ADDRESS": stack.storage_address,
+            "VIGIL_REDIS_URL": stack.redis_url,
+        }
+
+        async def vigil(*words: str, token: str) -> str:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "vigil_cli", *words),
+                env={**os.environ, **found.env, **where, "VIGIL_TOKEN": found.tokens[token]},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            output = (await process.communicate())[0].decode()
+            assert process.returncode == 0, output
+            return output
+
+        await vigil("model", "publish", str(bundle), token="trainer")  # noqa: S106 - names of tokens
+        await vigil("model", "promote", MODEL, "--version", "1", token="trainer")  # noqa: S106
+        await stack.add_worker(MODEL, 1)
+        assert '"anomalous"' in await vigil("stream", str(image), "--model", MODEL, "--json", token="camera")  # noqa: S106

@@ -7,9 +7,17 @@ import typer
 from rich.table import Column, Table
 from vigil_client import Model, StorageClient
 from vigil_common.streams.ports import Route
-from vigil_common.streams.redis import RedisStreams
 
-from vigil_cli.options import DEFAULT_REDIS, DEFAULT_STORAGE, RedisUrl, StorageAddress, Token, console, run
+from vigil_cli.options import (
+    DEFAULT_REDIS,
+    DEFAULT_STORAGE,
+    RedisUrl,
+    StorageAddress,
+    Token,
+    connect_streams,
+    console,
+    run,
+)
 from vigil_cli.sources import find_images
 
 app = typer.Typer(help="Model bundles and versions.", no_args_is_help=True)
@@ -98,7 +106,7 @@ def promote(
 
 async def make_live(redis_url: str, model: Model, threshold: float | None = None) -> Route:
     """Write the route; workers and ingest follow within a second."""
-    streams = await RedisStreams.connect(redis_url)
+    streams = await connect_streams(redis_url)
     try:
         return await streams.routing.promote(
             model.name, version=model.version, digest=model.digest, threshold=threshold

@@ -7,7 +7,9 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 from vigil_client import ServiceError
+from vigil_common.config import SecuritySettings
 from vigil_common.errors import VigilError
+from vigil_common.streams.redis import RedisStreams
 
 from vigil_cli.sources import SourceError
 
@@ -25,6 +27,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line."
 DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"
 DEFAULT_REDIS = "redis://localhost:6379/0"
+
+
+async def connect_streams(redis_url: str) -> RedisStreams:
+    """Redis, with password and authority from VIGIL_REDIS_PASSWORD_FILE and VIGIL_REDIS_CA_FILE."""
+    return await RedisStreams.connect(redis_url, security=SecuritySettings())
 
 
 def run(work: Coroutine[object, object, T]) -> T:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import grpc
 
@@ -26,7 +28,14 @@ _RETRY_UNAVAILABLE = {
 
 
 def connect(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel that finds its server again within seconds; TLS where there are credentials."""
+    """A channel that finds its server again within seconds.
+
+    Args:
+        address: "HOST:PORT".
+        credentials: For TLS. None: as VIGIL_TLS_CA_FILE says, with VIGIL_TLS_CERT_FILE and VIGIL_TLS_KEY_FILE as client
+            certificate where they are set; plain text where it isn't.
+    """
+    credentials = credentials or _from_environment()
     options = [
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", -1),
@@ -43,3 +52,9 @@ def connect(address: str, credentials: grpc.ChannelCredentials | None = None) ->
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
     """The call metadata that carries the token."""
     return (("authorization", f"Bearer {token}"),) if token else ()
+
+
+def _from_environment() -> grpc.ChannelCredentials | None:
+    names = ("VIGIL_TLS_CA_FILE", "VIGIL_TLS_KEY_FILE", "VIGIL_TLS_CERT_FILE")
+    ca, key, certificate = (Path(os.environ[name]).read_bytes() if os.environ.get(name) else None for name in names)
+    return grpc.ssl_channel_credentials(ca, key, certificate) if ca else None

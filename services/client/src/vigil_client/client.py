@@ -57,7 +57,7 @@ class VigilClient:
     Args:
         address: Ingest as "host:port".
         window: Most frames unanswered at a time on one stream, and most results waiting to be taken.
-        channel_credentials: For TLS; plain text where None.
+        channel_credentials: For TLS; where None as the environment says, see `vigil_client.channel.connect`.
         token: Sent as a bearer token.
         max_retry_s: How long after its first sending a frame is sent again; then its result is an error.
         silence_s: A stream with unanswered frames and no answer for this long counts as lost.

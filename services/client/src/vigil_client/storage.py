@@ -27,7 +27,7 @@ class StorageClient:
 
     Args:
         address: Storage as "host:port".
-        channel_credentials: For TLS; plain text where None.
+        channel_credentials: For TLS; where None as the environment says, see `vigil_client.channel.connect`.
         token: Sent as a bearer token.
         timeout_s: For each call.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
 class SecuritySettings(BaseSettings):
@@ -21,6 +21,8 @@ class SecuritySettings(BaseSettings):
         redis_password_file: Holds Redis' password; a user name is in the URL.
         redis_ca_file: Authority of Redis' certificate, for rediss://.
     """
+
+    model_config = SettingsConfigDict(env_prefix="VIGIL_")
 
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
