@@ -13,7 +13,8 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import Conflict, InvalidBundle, InvalidInput, Unavailable
-from vigil_common.store.embedded import EmbeddedFrameStore, EmbeddedModelStore
+from vigil_common.store.embedded import EmbeddedFrameStore
+from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.ports import FrameFilter, Record, Written
 from vigil_common.streams.ports import QueuedFrame, QueuedOutcome
 from vigil_storage import convert, domain

@@ -25,6 +25,7 @@ RESERVED = frozenset(
     {
         "frame_id", "sha256", "model", "version", "digest", "score", "label", "anomalous", "threshold", "camera",
         "latency_us", "captured_at_us", "received_at_us", "outcome", "reason", "width", "height", "content_type",
+        "candidate_version", "candidate_digest", "candidate_score", "candidate_label", "candidate_threshold", "agree",
     }
 )  # fmt: skip
 YEAR_2000_US = 946_684_800_000_000

@@ -71,7 +71,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     options = WriterOptions(
         batch_size=settings.batch_size, flush_ms=settings.flush_ms, confirm_after_s=settings.confirm_after_s
     )
-    writers = Writers(streams.routing, lambda model: streams.outcomes(model, consumer), frames, options)
+    writers = Writers(
+        streams.routing, lambda model: streams.outcomes(model, consumer), frames, options, streams.comparisons
+    )
     writing = asyncio.create_task(writers.run(stop))
     measuring = asyncio.create_task(depths.run(streams.queue, streams.routing, stop))
     await handle.start()

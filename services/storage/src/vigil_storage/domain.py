@@ -21,6 +21,8 @@ RESERVED = frozenset(
         *("frame_id", "sha256", "model", "camera", "captured_at_us", "received_at_us", "width", "height"),
         *("traceparent", "outcome", "reason", "version", "digest", "score", "label", "anomalous", "threshold"),
         *("latency_us", "reused_frame_id", "labels_refused"),
+        *("candidate_version", "candidate_digest", "candidate_score", "candidate_label", "candidate_threshold"),
+        "agree",
     )
 )
 MAX_NAME_LENGTH = 64

@@ -10,6 +10,9 @@ CONFIRMED = Counter("vigil_storage_confirmed_total", "Frames found again in the 
 UNCONFIRMED = Gauge("vigil_storage_unconfirmed_frames", "Frames written and not yet confirmed", ["model"])
 WRITE_SECONDS = Histogram("vigil_storage_write_seconds", "One batch, retries included", ["model"])
 
+# result: labelled, no_frame (never stored, or dropped by retention), refused
+COMPARISONS = Counter("vigil_storage_comparisons_total", "Comparisons by what became of them", ["model", "result"])
+
 # Of each model's queue in Redis; every replica tells the same.
 QUEUE_FRAMES = Gauge("vigil_queue_frames", "Frames in the queue", ["model"])
 QUEUE_BYTES = Gauge("vigil_queue_image_bytes", "Their bytes, of the queue's budget", ["model"])

@@ -19,12 +19,13 @@ from vigil_common.logging import get_logger
 from vigil_common.store.ports import Record, Written
 
 from vigil_storage import convert, domain, metrics
+from vigil_storage.comparisons import ComparisonLabeller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from vigil_common.store.ports import FrameStore
-    from vigil_common.streams.ports import OutcomeSource, QueuedOutcome, RoutingTable
+    from vigil_common.streams.ports import ComparisonSource, OutcomeSource, QueuedOutcome, RoutingTable
 
 READ_BLOCK_MS = 250
 SETTLE_EVERY_S = 0.2
@@ -65,7 +66,7 @@ class _Unconfirmed:
 
 
 class FrameWriter:
-    """Stores the outcomes of one model."""
+    """Stores the outcomes of one model; what else only its owner may do runs beside."""
 
     def __init__(
         self,
@@ -73,13 +74,16 @@ class FrameWriter:
         source: OutcomeSource,
         store: FrameStore,
         options: WriterOptions,
+        *,
         clock: Callable[[], float] = time.monotonic,
+        beside: Sequence[Callable[[], Coroutine[None, None, None]]] = (),
     ) -> None:
         self._model = model
         self._source = source
         self._store = store
         self._options = options
         self._clock = clock
+        self._beside = beside
         self._unconfirmed: deque[_Unconfirmed] = deque()
         # Outcomes between reading and confirmation, by their place in the stream.
         self._held: set[str] = set()
@@ -106,7 +110,8 @@ class FrameWriter:
         self._held.clear()
         self._replay = True
         self._log.info("storage_owns")
-        parts = [asyncio.create_task(part) for part in (self._keep(), self._pump(stop), self._settle())]
+        beside = [work() for work in self._beside]
+        parts = [asyncio.create_task(part) for part in (self._keep(), self._pump(stop), self._settle(), *beside)]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             for part in done:
@@ -285,8 +290,10 @@ class Writers:
         outcomes: Callable[[str], OutcomeSource],
         store: FrameStore,
         options: WriterOptions,
+        comparisons: Callable[[str], ComparisonSource],
     ) -> None:
         self._routing = routing
+        self._comparisons = comparisons
         self._outcomes = outcomes
         self._store = store
         self._options = options
@@ -307,14 +314,20 @@ class Writers:
                     models = []
                 for model in models:
                     if model not in running:
-                        writer = FrameWriter(model, self._outcomes(model), self._store, self._options)
-                        running[model] = asyncio.create_task(writer.run(stop))
+                        running[model] = asyncio.create_task(self._writer(model).run(stop))
                 await _wait(stop, DISCOVER_EVERY_S)
             await asyncio.gather(*running.values(), return_exceptions=True)
         finally:
             for task in running.values():
                 task.cancel()
             await asyncio.gather(*running.values(), return_exceptions=True)
+
+    def _writer(self, model: str) -> FrameWriter:
+        def compare() -> Coroutine[None, None, None]:
+            comparisons, confirm_after_s = self._comparisons(model), self._options.confirm_after_s
+            return ComparisonLabeller(model, comparisons, self._store, confirm_after_s=confirm_after_s).run()
+
+        return FrameWriter(model, self._outcomes(model), self._store, self._options, beside=[compare])
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:

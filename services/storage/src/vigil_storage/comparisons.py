@@ -1,0 +1,217 @@
+"""What live and candidate said of a frame, as labels on its image.
+
+Only the model's owner runs this, beside its writer: two that label one record would lose each other's labels. As with
+frames, the store's word alone is not durable: a comparison is forgotten once its labels are found again
+`confirm_after_s` after they were written, in the same life of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+from vigil.shadow.v1 import shadow_pb2
+from vigil.types.v1 import types_pb2
+from vigil_common.errors import NotFound, Unavailable
+from vigil_common.logging import get_logger
+from vigil_common.store.ports import FrameFilter, Labelling
+
+from vigil_storage import convert, metrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    from vigil_common.store.ports import FrameStore, StoredRecord
+    from vigil_common.streams.ports import ComparisonSource
+
+BATCH = 64
+READ_BLOCK_MS = 250
+# Comparisons in hand; past this, no more are taken.
+MAX_IN_HAND = 1_024
+AGAIN_S = 0.5
+UNAVAILABLE_S = 1.0
+# A frame is stored within moments of its verdict; after this long it was dropped by retention, or never will be.
+GIVE_UP_S = 600.0
+# A record stands at its time of capture or some microseconds later; looks over larger gaps than this are apart.
+SLACK_US = 1_000
+GAP_US = 10_000_000
+MOST_PER_LOOK = 10_000
+
+log = get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    place: str
+    comparison: shadow_pb2.Comparison
+    since: float
+    due: float
+    record: tuple[str, int] | None = None
+
+
+def labels_of(comparison: shadow_pb2.Comparison) -> dict[str, str]:
+    """The labels that say what the candidate said."""
+    anomalous = comparison.label == types_pb2.LABEL_ANOMALOUS
+    return {
+        "candidate_version": str(comparison.candidate.version),
+        "candidate_digest": comparison.candidate.digest,
+        "candidate_score": repr(comparison.score),
+        "candidate_label": "anomalous" if anomalous else "normal",
+        "candidate_threshold": repr(comparison.threshold),
+        "agree": "true" if comparison.agree else "false",
+    }
+
+
+class ComparisonLabeller:
+    """Labels the frames of one model; a fresh one for each time of being the owner.
+
+    Args:
+        model: The model's name.
+        source: Its comparisons.
+        store: Where its frames are.
+        confirm_after_s: How long after labelling a frame is looked at again.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        source: ComparisonSource,
+        store: FrameStore,
+        *,
+        confirm_after_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._store = store
+        self._confirm_after_s = confirm_after_s
+        self._clock = clock
+        self._in_hand: list[_InHand] = []
+        self._held: set[str] = set()
+        self._replay = True
+
+    async def run(self) -> None:
+        """Label until cancelled, first what an earlier owner left."""
+        while True:
+            try:
+                await self._collect()
+                await self._label()
+                await self._confirm()
+            except Unavailable as error:
+                log.warning("comparisons_wait", model=self._model, reason=error.reason, message=error.message)
+                await asyncio.sleep(UNAVAILABLE_S)
+
+    async def _collect(self) -> None:
+        if len(self._in_hand) >= MAX_IN_HAND:
+            await asyncio.sleep(READ_BLOCK_MS / 1000)
+            return
+        found = await self._source.read(
+            count=BATCH, block_ms=0 if self._replay else READ_BLOCK_MS, pending=self._replay
+        )
+        self._replay = self._replay and bool(found)
+        now = self._clock()
+        for place, blob in found:
+            if place in self._held:
+                continue
+            comparison = shadow_pb2.Comparison()
+            try:
+                comparison.ParseFromString(blob)
+            except DecodeError:
+                log.exception("comparison_malformed", model=self._model, place=place)
+                await self._source.done([place])
+                continue
+            self._held.add(place)
+            self._in_hand.append(_InHand(place, comparison, since=now, due=now))
+
+    async def _label(self) -> None:
+        """Label those whose frame is stored; the others are looked for again a little later."""
+        now = self._clock()
+        due = [one for one in self._in_hand if one.record is None and one.due <= now][:BATCH]
+        if not due:
+            return
+        found = await self._find(due)
+        changes = [
+            (one, Labelling(*found[one.comparison.frame_id], labels_of(one.comparison)))
+            for one in due
+            if one.comparison.frame_id in found
+        ]
+        results = await self._store.label([change for _, change in changes])
+        for (one, change), error in zip(changes, results, strict=True):
+            if error is None:
+                one.record = change.entry, change.timestamp_us
+                one.due = self._clock() + self._confirm_after_s
+            elif not isinstance(error, NotFound | Unavailable):
+                log.error("comparison_refused", frame_id=one.comparison.frame_id, reason=error.reason)
+                await self._forget([one], "refused")
+        for one in due:
+            if one.record is None:
+                one.due = now + AGAIN_S
+        late = [one for one in due if one.record is None and now - one.since > GIVE_UP_S and one.place in self._held]
+        if late:
+            log.warning("comparisons_without_frame", model=self._model, count=len(late))
+            await self._forget(late, "no_frame")
+
+    async def _confirm(self) -> None:
+        """Forget those whose labels stand; label the others again."""
+        now = self._clock()
+        due = [one for one in self._in_hand if one.record is not None and one.due <= now][: 4 * BATCH]
+        if not due:
+            return
+        uptime_s = await self._store.uptime_s()
+        if uptime_s < self._confirm_after_s:
+            return
+        stands = [one async for one in self._standing(due)]
+        if await self._store.uptime_s() < uptime_s:
+            return  # a new life of the server: what was found may still be lost
+        for one in due:
+            one.record = None
+            one.due = now
+        await self._forget(stands, "labelled")
+
+    async def _forget(self, done: Sequence[_InHand], result: str) -> None:
+        if not done:
+            return
+        await self._source.done([one.place for one in done])
+        metrics.COMPARISONS.labels(self._model, result).inc(len(done))
+        gone = {one.place for one in done}
+        self._held -= gone
+        self._in_hand = [one for one in self._in_hand if one.place not in gone]
+
+    async def _standing(self, due: Sequence[_InHand]) -> AsyncIterator[_InHand]:
+        records = {record.labels.get("frame_id"): record async for record in self._records(due)}
+        for one in due:
+            record = records.get(one.comparison.frame_id)
+            if record is not None and labels_of(one.comparison).items() <= record.labels.items():
+                yield one
+
+    async def _find(self, due: Sequence[_InHand]) -> dict[str, tuple[str, int]]:
+        """Where the frames stand, by id, of those that are stored."""
+        return {record.labels["frame_id"]: (record.entry, record.timestamp_us) async for record in self._records(due)}
+
+    async def _records(self, due: Sequence[_InHand]) -> AsyncIterator[StoredRecord]:
+        """Records around the times of capture, by one look for those that are near each other."""
+        times: dict[str, list[int]] = defaultdict(list)
+        for one in due:
+            captured_us = convert.to_us(one.comparison.captured_at)
+            times[f"{self._model}/{one.comparison.camera}"].append(captured_us)
+        for entry, found in times.items():
+            for start, stop in _ranges(sorted(found)):
+                where = FrameFilter([entry], start_us=start, stop_us=stop + SLACK_US)
+                async for record in self._store.query(where, limit=MOST_PER_LOOK):
+                    yield record
+
+
+def _ranges(times: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of sorted times that are near each other."""
+    start = times[0]
+    for before, after in pairwise(times):
+        if after - before > GAP_US:
+            yield start, before
+            start = after
+    yield start, times[-1]
