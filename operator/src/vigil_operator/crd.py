@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from vigil_operator.spec import GROUP, KIND, PLURAL, VERSION, Spec
+from vigil_operator.spec import GROUP, KIND, NAME_AT_MOST, NAME_PATTERN, PLURAL, VERSION, Spec
 from vigil_operator.status import Status
 
 FILE = Path(__file__).with_name("crd.yaml")
@@ -91,7 +91,7 @@ def build_crd() -> dict[str, Any]:
                     "kind": {"type": "string"},
                     "metadata": {
                         "type": "object",
-                        "properties": {"name": {"type": "string", "maxLength": 50}},
+                        "properties": {"name": {"type": "string", "maxLength": NAME_AT_MOST, "pattern": NAME_PATTERN}},
                     },
                     **schemas,
                 },

@@ -76,9 +76,9 @@ class EnsureWorkers:
 
 @dataclass(frozen=True, slots=True)
 class EnsureModel:
-    """Let there be what a model has once: its Service leads to the live version's workers."""
+    """Let there be what a model has once; its Service leads to the live version's workers, if there is one."""
 
-    live: str
+    live: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -585,12 +585,12 @@ class _Draft:
     def effects(self) -> tuple[Action, ...]:
         """What makes the world as the status says."""
         kept = self._kept()
-        actions: list[Action] = [EnsureWorkers(version.version, version.digest) for version in kept.values()]
+        live = self.status.live
+        actions: list[Action] = [EnsureModel(live.digest if live else None)] if kept else []
+        actions += [EnsureWorkers(version.version, version.digest) for version in kept.values()]
         route = self.route()
-        if route is not None and route.live is not None:
-            actions.append(EnsureModel(route.live.digest))
-            if self.seen.route is not None and route != self.seen.route:
-                actions.append(WriteRoute(route.live, route.candidate))
+        if route is not None and route.live is not None and self.seen.route is not None and route != self.seen.route:
+            actions.append(WriteRoute(route.live, route.candidate))
         # Nothing goes before the route is known to lead elsewhere.
         if self.seen.route is not None and (route is None or route == self.seen.route):
             unneeded = sorted(set(self.seen.workloads or {}) - set(kept))

@@ -270,8 +270,6 @@ def _container(resource: Resource, settings: WorkerSettings, version: int, diges
     container: Manifest = {
         "name": "inference",
         "image": settings.image,
-        "args": ["-m", "vigil_inference"],
-        "command": ["python"],
         "envFrom": [{"configMapRef": {"name": service_name(resource)}}],
         "env": [
             {"name": "VIGIL_MODEL_VERSION", "value": str(version)},

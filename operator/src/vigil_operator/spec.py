@@ -17,6 +17,8 @@ VERSION = "v1alpha1"
 KIND = "AnomalyModel"
 PLURAL = "anomalymodels"
 LATEST = "latest"
+# Names of what is made for the resource begin with its own; a Service's has at most 63 characters.
+NAME_PATTERN, NAME_AT_MOST = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", 50
 
 DURATION_PATTERN = r"^([0-9]+(ms|s|m|h))+$"
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -63,8 +65,8 @@ class Source(Part):
     model: Annotated[
         str,
         Field(
-            pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$",
-            max_length=50,
+            pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$",
+            max_length=63,
             description="The model's name, as it was published. It can't be changed: make another resource.",
             json_schema_extra=rules(("self == oldSelf", "source.model can't be changed; make another AnomalyModel")),
         ),

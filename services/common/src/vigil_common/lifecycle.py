@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 import uvloop
 from prometheus_client import start_http_server
 
 from vigil_common import logging
+from vigil_common.errors import VigilError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,4 +37,9 @@ def run(service: str, main: Callable[[asyncio.Event], Awaitable[None]], *, log_l
             loop.add_signal_handler(signum, stop.set)
         await main(stop)
 
-    uvloop.run(supervised())
+    try:
+        uvloop.run(supervised())
+    except VigilError as error:
+        # The last line, which Kubernetes keeps of a container that ended: the operator reads why from it.
+        logging.get_logger().error("failed", reason=error.reason, status=error.status, detail=error.message)
+        sys.exit(1)

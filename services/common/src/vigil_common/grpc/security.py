@@ -131,15 +131,23 @@ def _refusal(handler: Any, error: VigilError) -> Any:
     return with_behaviour(handler, refuse_stream if handler.response_streaming else refuse)
 
 
-def connect(address: str, settings: SecuritySettings) -> grpc.aio.Channel:
-    """A channel to another service, with TLS, client certificate and token as set."""
-    options = [
+def connect(address: str, settings: SecuritySettings, *, server_name: str | None = None) -> grpc.aio.Channel:
+    """A channel to another service, with TLS, client certificate and token as set.
+
+    Args:
+        address: HOST:PORT.
+        settings: Files.
+        server_name: What its certificate is issued for, where that is not the address' host.
+    """
+    options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", 64 << 20),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.lb_policy_name", "round_robin"),
     ]
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
     interceptors: list[Any] = []
     if settings.token_file is not None:
         interceptors = [kind(settings.token_file) for kind in (_UnaryToken, _UnaryStreamToken, _StreamUnaryToken)]
