@@ -13,12 +13,15 @@ WORKDIR /src
 COPY . .
 ARG PACKAGE
 RUN --mount=type=cache,target=/root/.cache/uv \
-    /opt/uv/bin/uv sync --frozen --no-dev --no-editable --package vigil-${PACKAGE} \
+    /opt/uv/bin/uv sync --quiet --frozen --no-dev --no-editable --package vigil-${PACKAGE} \
+       # The operator is used without a cluster, too, by vigil local.
+       $([ "${PACKAGE}" = operator ] && echo --extra cluster) \
     # OpenVINO brings plugins and importers that a worker never loads: models are its own IR, on the CPU.
     && find /opt/vigil -path '*/openvino/libs/*' \( -name '*_[gn]pu_plugin.so' -o -name cache.json \
        -o -name '*_frontend.so*' ! -name '*_ir_frontend.so*' \) -delete \
     # And it reports its use to its makers where this package is there.
     && rm -rf /opt/vigil/lib/python*/site-packages/openvino_telemetry* \
+    && find /opt/vigil -path '*/numpy/*' -type d -name tests -prune -exec rm -rf {} + \
     && printf '#!/bin/sh\nexec /opt/vigil/bin/python -m vigil_%s "$@"\n' "${PACKAGE}" > /opt/vigil/bin/serve \
     && chmod 755 /opt/vigil/bin/serve
 
