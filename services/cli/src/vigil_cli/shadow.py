@@ -14,9 +14,18 @@ from vigil.types.v1 import types_pb2
 from vigil_client import ServiceError, StorageClient
 from vigil_common.errors import NotFound
 from vigil_common.streams.ports import Candidate, Route
-from vigil_common.streams.redis import RedisStreams
 
-from vigil_cli.options import DEFAULT_REDIS, DEFAULT_STORAGE, AsJson, RedisUrl, StorageAddress, Token, console, run
+from vigil_cli.options import (
+    DEFAULT_REDIS,
+    DEFAULT_STORAGE,
+    AsJson,
+    RedisUrl,
+    StorageAddress,
+    Token,
+    connect_streams,
+    console,
+    run,
+)
 from vigil_cli.shadow_client import ShadowClient
 from vigil_cli.shadow_html import PICTURES, write_html
 from vigil_cli.shadow_lines import OUTCOMES, rows, title
@@ -79,7 +88,7 @@ async def set_candidate(redis_url: str, model: str, candidate: Candidate | None)
     Raises:
         NotFound: UNKNOWN_MODEL: nothing is live.
     """
-    streams = await RedisStreams.connect(redis_url)
+    streams = await connect_streams(redis_url)
     try:
         route = await streams.routing.get(model)
         if route is None:
