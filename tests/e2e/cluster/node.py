@@ -46,7 +46,7 @@ DEBIAN_PACKAGES = (
 )
 RUNNING = (
     *("coredns", "kube-proxy", "kubelet", "kube-scheduler", "kube-controller-manager", "kube-apiserver"),
-    *("containerd", "etcd"),
+    *("volume-opener", "containerd", "etcd"),
 )
 PAUSE_SOURCE = """
 #include <unistd.h>
@@ -403,6 +403,13 @@ def _start_dns() -> None:
     _start("coredns", programs.ensure("coredns"), "-conf", _write(DIR / "Corefile", corefile))
 
 
+def _start_volume_opener() -> None:
+    """Let pods of any user write to their volumes: the provisioner's folders are root's, and fsGroup skips host paths."""
+    VOLUMES.mkdir(mode=0o750, exist_ok=True)
+    find = f"find {VOLUMES} -mindepth 1 -maxdepth 1 -type d ! -perm 0777 -exec chmod 0777 {{}} +"
+    _start("volume-opener", "sh", "-c", f"while sleep 0.2; do {find}; done")
+
+
 def _pod_networks() -> set[str]:
     return {path.name for path in Path("/run/netns").glob("cni-*")}
 
@@ -437,6 +444,7 @@ def up() -> None:
     _start_kubelet()
     _start_proxy()
     _start_dns()
+    _start_volume_opener()
     _wait_for("node", _node_ready)
     _wait_for("service account", lambda: "default" in kubectl("get", "serviceaccounts", "-o", "name", check=False))
     metadata = {"name": "folder", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}}
