@@ -404,7 +404,7 @@ def _start_dns() -> None:
 
 
 def _start_volume_opener() -> None:
-    """Let pods of any user write to their volumes: the provisioner's folders are root's, and fsGroup skips host paths."""
+    """Let pods of any user write: the provisioner's folders are root's, and fsGroup leaves host paths alone."""
     VOLUMES.mkdir(mode=0o750, exist_ok=True)
     find = f"find {VOLUMES} -mindepth 1 -maxdepth 1 -type d ! -perm 0777 -exec chmod 0777 {{}} +"
     _start("volume-opener", "sh", "-c", f"while sleep 0.2; do {find}; done")
