@@ -592,7 +592,7 @@ class _Draft:
         if route is not None and route.live is not None and self.seen.route is not None and route != self.seen.route:
             actions.append(WriteRoute(route.live, route.candidate))
         # Nothing goes before the route is known to lead elsewhere.
-        if self.seen.route is not None and (route is None or route == self.seen.route):
+        if self.seen.route is not None and (route or RouteSeen(None)) == self.seen.route:
             unneeded = sorted(set(self.seen.workloads or {}) - set(kept))
             actions += [RemoveWorkers(digest) for digest in unneeded]
         return tuple(actions)
