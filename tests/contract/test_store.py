@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -300,28 +300,85 @@ def version(number: int, bundle: bytes, name: str = "cells") -> ModelInfo:
     return ModelInfo(name, number, digest, len(bundle), ("onnx", "openvino"), T0, "name: cells\nüñí, 'x'\n")
 
 
+async def chunks(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def publish(models: ModelStore, info: ModelInfo, bundle: bytes) -> None:
+    half = len(bundle) // 2
+    await models.upload(info.name, info.digest, info.size_bytes, chunks(bundle[:half], bundle[half:]))
+    await models.publish(info)
+
+
+async def download(models: ModelStore, info: ModelInfo) -> bytes:
+    return b"".join([chunk async for chunk in models.download(info)])
+
+
 async def test_model_versions_are_kept_as_published(stores: Stores) -> None:
     one, two, other = version(1, b"one" * 10**6), version(2, b"two"), version(1, b"o", "a-model")
     for info, bundle in ((one, b"one" * 10**6), (two, b"two"), (other, b"o")):
-        await stores.models.publish(info, bundle)
+        await publish(stores.models, info, bundle)
     assert await stores.models.list() == [other, one, two]
     assert await stores.models.list("cells") == [one, two]
     assert await stores.models.list("cell") == []
     assert await stores.models.get("cells") == two
     assert await stores.models.get("cells", 1) == one
-    assert await stores.models.download("cells", 1) == b"one" * 10**6
+    assert await download(stores.models, one) == b"one" * 10**6
     with pytest.raises(Conflict) as taken:
-        await stores.models.publish(version(2, b"three"), b"three")
+        await publish(stores.models, version(2, b"three"), b"three")
     assert taken.value.reason == "VERSION_EXISTS"
-    assert await stores.models.download("cells", 2) == b"two"
+    assert await download(stores.models, two) == b"two"
     with pytest.raises(NotFound) as missing:
         await stores.models.get("cells", 9)
     assert missing.value.reason == "UNKNOWN_VERSION"
     with pytest.raises(NotFound) as unknown:
         await stores.models.get("none")
     assert unknown.value.reason == "UNKNOWN_MODEL"
-    with pytest.raises(InvalidInput):
-        await stores.models.publish(version(3, b"x"), b"y")
+
+
+async def test_a_bundle_can_stand_as_several_versions(stores: Stores) -> None:
+    one, two = version(1, b"same"), version(2, b"same")
+    await publish(stores.models, one, b"same")
+    await stores.models.publish(two)
+    assert await download(stores.models, one) == await download(stores.models, two) == b"same"
+
+
+async def test_a_deprecated_version_stays_and_the_first_reason_stands(stores: Stores) -> None:
+    one = version(1, b"one")
+    await publish(stores.models, one, b"one")
+    told = await stores.models.deprecate("cells", 1, 'misses cräcks, "often"')
+    assert told == replace(one, deprecated='misses cräcks, "often"')
+    assert await stores.models.deprecate("cells", 1, "another") == told
+    assert await stores.models.list("cells") == [await stores.models.get("cells", 1)] == [told]
+    with pytest.raises(NotFound):
+        await stores.models.deprecate("cells", 2, "there is none")
+
+
+@pytest.mark.parametrize("parts", [(b"to", b"o short"), (b"much ", b"too long"), ()])
+async def test_an_upload_of_another_size_leaves_nothing(stores: Stores, parts: tuple[bytes, ...]) -> None:
+    info = version(1, b"ten bytes.")
+    with pytest.raises(DataLost) as incomplete:
+        await stores.models.upload(info.name, info.digest, info.size_bytes, chunks(*parts))
+    assert incomplete.value.reason == "BUNDLE_INCOMPLETE"
+    with pytest.raises(Unavailable):
+        await stores.models.publish(info)
+    assert await stores.models.list() == []
+    await publish(stores.models, info, b"ten bytes.")
+
+
+async def test_an_upload_cut_off_raises_what_cut_it_and_can_be_done_again(stores: Stores) -> None:
+    async def cut() -> AsyncIterator[bytes]:
+        yield b"ten"
+        raise InvalidInput("CUT", "cut off")
+
+    info = version(1, b"ten bytes.")
+    with pytest.raises(InvalidInput) as error:
+        await stores.models.upload(info.name, info.digest, info.size_bytes, cut())
+    assert error.value.reason == "CUT"
+    assert await stores.models.list() == []
+    await publish(stores.models, info, b"ten bytes.")
+    assert await download(stores.models, info) == b"ten bytes."
 
 
 async def test_stores_open_by_url(tmp_path: Path) -> None:
@@ -412,11 +469,11 @@ async def test_a_bundle_without_its_pointer_is_not_listed_and_can_be_published(s
     assert await store.list() == []
     with pytest.raises(NotFound):
         await store.get("cells")
-    await store.publish(info, b"bundle")
-    assert await store.download("cells", 1) == b"bundle"
+    await publish(store, info, b"bundle")
+    assert await download(store, info) == b"bundle"
     await store._bucket.remove_record(f"cells/{info.digest[7:]}", 1)
     with pytest.raises(DataLost):
-        await store.download("cells", 1)
+        await download(store, info)
     await store.close()
 
 

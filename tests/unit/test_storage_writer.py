@@ -12,15 +12,14 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo
 from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
-from vigil_common.errors import Conflict, InvalidBundle, InvalidInput, Unavailable
+from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.ports import FrameFilter, Record, Written
 from vigil_common.streams.ports import QueuedFrame, QueuedOutcome
 from vigil_storage import convert, domain
 from vigil_storage.app import Storage
-from vigil_storage.bundles import Inspected
-from vigil_storage.servicer import FrameServicer, ModelServicer
+from vigil_storage.servicer import FrameServicer
 from vigil_storage.writer import FrameWriter, WriterOptions
 
 if TYPE_CHECKING:
@@ -274,7 +273,7 @@ async def test_poison_does_not_hold_up_the_others(store: Troubled) -> None:
 @pytest.fixture
 async def app(tmp_path: Path, store: Troubled) -> AsyncIterator[Storage]:
     models = await EmbeddedModelStore.open(tmp_path)
-    yield Storage(store, models, lambda _: Inspected("cells", ("openvino",), "name: cells\n"), lambda: T0)  # type: ignore[arg-type]
+    yield Storage(store, models, lambda: T0)  # type: ignore[arg-type]
     await models.close()
 
 
@@ -320,32 +319,6 @@ async def test_queries_filter_and_frames_come_back_as_they_were(app: Storage, st
     for bad in ({"page_token": "x"}, {"page_token": "WzEsMl0="}, {"page_size": 5000}, {"camera": "a/b"}):
         with pytest.raises(InvalidInput):
             await found(**bad)
-
-
-async def test_bundles_are_published_once_and_come_back(app: Storage) -> None:
-    servicer = ModelServicer(app)
-
-    async def publish(bundle: bytes, **header: Any) -> storage_pb2.PublishResponse:
-        async def parts() -> AsyncIterator[storage_pb2.PublishRequest]:
-            yield storage_pb2.PublishRequest(header=storage_pb2.PublishHeader(**header))
-            for offset in range(0, len(bundle), 1000):
-                yield storage_pb2.PublishRequest(chunk=bundle[offset : offset + 1000])
-
-        return await servicer.Publish(parts(), None)
-
-    first, again, second = await publish(b"a" * 5000), await publish(b"a" * 5000), await publish(b"b" * 3_000_000)
-    assert [(r.model.version.version, r.created) for r in (first, again, second)] == [(1, True), (1, False), (2, True)]
-    parts = [part async for part in servicer.Download(storage_pb2.DownloadRequest(name="cells"), None)]
-    assert parts[0].model == second.model
-    assert b"".join(part.chunk for part in parts[1:]) == b"b" * 3_000_000
-    assert (await servicer.GetModel(storage_pb2.GetModelRequest(name="cells", version=1), None)).model == first.model
-    assert len((await servicer.List(storage_pb2.ListRequest(), None)).models) == 2
-    with pytest.raises(InvalidBundle):
-        await publish(b"c", digest="sha256:" + "0" * 64)
-    with pytest.raises(InvalidBundle):
-        await publish(b"c", name="other")
-    with pytest.raises(Conflict):
-        await publish(b"c", version=2)
 
 
 def test_page_tokens_come_back_as_they_were() -> None:

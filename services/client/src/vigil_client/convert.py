@@ -119,5 +119,7 @@ def model(message: storage_pb2.Model, *, created: bool = True) -> Model:
         formats=tuple(message.formats),
         published_at=message.published_at.ToDatetime(UTC),
         manifest=message.manifest,
+        published_by=message.published_by,
+        deprecated=message.deprecated,
         created=created,
     )

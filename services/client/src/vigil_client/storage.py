@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import io
+import re
+import tarfile
 from typing import TYPE_CHECKING, Self
 
 import grpc
@@ -14,12 +18,16 @@ from vigil_client.channel import connect, metadata
 from vigil_client.types import Failure, Model, ServiceError, StoredFrame
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
+    from pathlib import Path
     from types import TracebackType
 
 _CHUNK_BYTES = 1024 * 1024
 _PAGE_SIZE = 500
+# A publication may take its bundle's size over this longer than other calls.
+_LEAST_BYTES_PER_S = 2**20
+_NAME = re.compile(rb"^name: *([a-z0-9-]+) *$", re.MULTILINE)
 
 
 class StorageClient:
@@ -126,21 +134,50 @@ class StorageClient:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.stored_frame(response.frame), response.image
 
-    async def models_publish(self, bundle: bytes, *, name: str = "", version: int = 0) -> Model:
-        """Publish a bundle; the server checks it against the digest computed here."""
-        digest = f"sha256:{hashlib.sha256(bundle).hexdigest()}"
+    async def models_publish(self, bundle: bytes | Path, *, name: str = "", version: int = 0) -> Model:
+        """Publish a bundle, from memory or from a file that need not fit there.
 
-        def parts() -> Iterator[storage_pb2.PublishRequest]:
-            header = storage_pb2.PublishHeader(name=name, version=version, digest=digest)
+        Args:
+            bundle: The tar.
+            name: The model's; read from the bundle where it is empty.
+            version: 0 for the next free one.
+        """
+
+        def describe() -> storage_pb2.PublishHeader:
+            digest, size_bytes = hashlib.sha256(), 0
+            for chunk in _chunks(bundle):
+                digest.update(chunk)
+                size_bytes += len(chunk)
+            return storage_pb2.PublishHeader(
+                name=name or _name_in(bundle),
+                version=version,
+                digest=f"sha256:{digest.hexdigest()}",
+                size_bytes=size_bytes,
+            )
+
+        header = await asyncio.to_thread(describe)
+
+        async def parts() -> AsyncIterator[storage_pb2.PublishRequest]:
             yield storage_pb2.PublishRequest(header=header)
-            for start in range(0, len(bundle), _CHUNK_BYTES):
-                yield storage_pb2.PublishRequest(chunk=bundle[start : start + _CHUNK_BYTES])
+            chunks = _chunks(bundle)
+            while chunk := await asyncio.to_thread(next, chunks, b""):
+                yield storage_pb2.PublishRequest(chunk=chunk)
 
+        timeout_s = self._timeout_s + header.size_bytes / _LEAST_BYTES_PER_S
         try:
-            response = await self._models.Publish(parts(), metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._models.Publish(parts(), metadata=self._metadata, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model, created=response.created)
+
+    async def models_deprecate(self, name: str, version: int, reason: str) -> Model:
+        """Say why a version should not be used any more."""
+        request = storage_pb2.DeprecateRequest(name=name, version=version, reason=reason)
+        try:
+            response = await self._models.Deprecate(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.model(response.model)
 
     async def models_list(self, name: str = "") -> list[Model]:
         """All versions of one model, or of every model."""
@@ -162,17 +199,51 @@ class StorageClient:
 
     async def models_download(self, name: str, version: int = 0) -> tuple[Model, bytes]:
         """One version with its bundle, checked against its digest; the newest where the version is 0."""
+        bundle = bytearray()
+        found = await self._download(name, version, bundle.extend)
+        return found, bytes(bundle)
+
+    async def models_save(self, name: str, version: int, path: Path) -> Model:
+        """Write one version's bundle to a file, which appears only once it is whole and checked."""
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with await asyncio.to_thread(partial.open, "wb") as file:
+                found = await self._download(name, version, file.write)
+            await asyncio.to_thread(partial.replace, path)
+        finally:
+            await asyncio.to_thread(partial.unlink, missing_ok=True)
+        return found
+
+    async def _download(self, name: str, version: int, write: Callable[[bytes], object]) -> Model:
         request = storage_pb2.DownloadRequest(name=name, version=version)
         found: Model | None = None
-        bundle = bytearray()
+        digest = hashlib.sha256()
         try:
-            async for part in self._models.Download(request, metadata=self._metadata, timeout=self._timeout_s):
+            async for part in self._models.Download(request, metadata=self._metadata):
                 if part.HasField("model"):
                     found = convert.model(part.model)
                 else:
-                    bundle += part.chunk
+                    digest.update(part.chunk)
+                    write(part.chunk)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
-        if found is None or found.digest != f"sha256:{hashlib.sha256(bundle).hexdigest()}":
+        if found is None or found.digest != f"sha256:{digest.hexdigest()}":
             raise ServiceError(Failure("DATA_LOSS", "DIGEST_MISMATCH", "the bundle received is not its digest's"))
-        return found, bytes(bundle)
+        return found
+
+
+def _chunks(bundle: bytes | Path) -> Iterator[bytes]:
+    with io.BytesIO(bundle) if isinstance(bundle, bytes) else bundle.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _name_in(bundle: bytes | Path) -> str:
+    """The model's name in a bundle; empty where it is no bundle, which the server then says better."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(bundle)) if isinstance(bundle, bytes) else tarfile.open(bundle) as tar:
+            manifest = tar.extractfile("vigil.yaml")
+            found = _NAME.search(manifest.read() if manifest else b"")
+    except (tarfile.TarError, KeyError):
+        return ""
+    return found[1].decode() if found else ""

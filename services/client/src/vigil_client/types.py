@@ -182,6 +182,8 @@ class Model:
         formats: Runtimes it has artefacts for.
         published_at: When.
         manifest: The text of vigil.yaml.
+        published_by: Name of the token that did.
+        deprecated: Why it should not be used any more; empty while it may.
         created: After a publication: False where this very bundle had been published before.
     """
 
@@ -192,6 +194,8 @@ class Model:
     formats: tuple[str, ...]
     published_at: datetime
     manifest: str = field(repr=False)
+    published_by: str
+    deprecated: str
     created: bool = True
 
 

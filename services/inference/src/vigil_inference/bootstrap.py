@@ -58,7 +58,7 @@ async def fetch(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
         frames, models = await open_stores(settings.store_url, token)
         try:
             info = await models.get(settings.model, settings.model_version or None)
-            bundle = await models.download(info.name, info.version)
+            bundle = b"".join([chunk async for chunk in models.download(info)])
         finally:
             await frames.close()
             await models.close()

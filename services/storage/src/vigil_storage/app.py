@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vigil_common.errors import Conflict, InvalidBundle, InvalidInput
+from vigil_common.access import principal
+from vigil_common.bundle import MAX_BUNDLE_BYTES, NAME, BundleCheck
+from vigil_common.errors import Conflict, InvalidInput
 from vigil_common.store.ports import ModelInfo
 
 from vigil_storage import domain
+from vigil_storage.bundles import checked_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from vigil_common.store.ports import FrameFilter, FrameStore, ModelStore, StoredRecord
 
-    from vigil_storage.bundles import Inspected
-
 DEFAULT_PAGE = 100
 MAX_PAGE = 1_000
+MAX_REASON = 1_000
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Storage:
@@ -30,7 +33,6 @@ class Storage:
     Args:
         frames: Where frames are.
         models: Where model versions are.
-        inspect: Reads a bundle; raises `InvalidBundle` for one that can't be trusted or run.
         now_us: Microseconds since 1970.
     """
 
@@ -38,14 +40,13 @@ class Storage:
         self,
         frames: FrameStore,
         models: ModelStore,
-        inspect: Callable[[bytes], Inspected],
         now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
         self.frames = frames
         self.models = models
-        self._inspect = inspect
         self._now_us = now_us
         self._publishing = asyncio.Lock()
+        self._uploads: dict[str, asyncio.Lock] = {}
 
     async def query(self, where: FrameFilter, *, page_size: int, token: str) -> tuple[list[StoredRecord], str]:
         """A page of records, oldest first, and the token of the next; empty where that was the last."""
@@ -70,39 +71,65 @@ class Storage:
             return stored, b""
         return await self.frames.read(stored.entry, stored.timestamp_us)
 
-    async def publish(self, bundle: bytes, *, name: str, version: int, digest: str) -> tuple[ModelInfo, bool]:
-        """Keep a bundle as a new version.
+    async def publish(
+        self, chunks: AsyncIterator[bytes], *, name: str, version: int, digest: str, size_bytes: int
+    ) -> tuple[ModelInfo, bool]:
+        """Keep a bundle as a new version; it is checked and written as it comes.
 
         Args:
-            bundle: The tar.
-            name: Of the model; empty takes the manifest's.
+            chunks: Of the tar.
+            name: Of the model.
             version: 0 takes the next free one.
-            digest: Where given, what the bundle must hash to.
+            digest: What the bundle must hash to.
+            size_bytes: Its length.
 
         Returns:
             The version, and whether it is new: the same bundle again has the version it had.
         """
-        computed = f"sha256:{await asyncio.to_thread(lambda: hashlib.sha256(bundle).hexdigest())}"
-        if digest and digest != computed:
-            raise InvalidBundle("DIGEST_MISMATCH", f"the bundle hashes to {computed}, not to {digest}")
-        inspected = await asyncio.to_thread(self._inspect, bundle)
-        if name and name != inspected.name:
-            raise InvalidBundle("NAME_MISMATCH", f"the bundle is of model {inspected.name}, not of {name}")
+        if not NAME.fullmatch(name) or not DIGEST.fullmatch(digest):
+            raise InvalidInput("HEADER_INVALID", "the header names the model, and its bundle's digest as sha256:HEX")
+        if not 0 < size_bytes <= MAX_BUNDLE_BYTES:
+            raise InvalidInput("BUNDLE_TOO_LARGE", f"size_bytes is between 1 and {MAX_BUNDLE_BYTES}, not {size_bytes}")
+        async with self._uploads.setdefault(digest, asyncio.Lock()):
+            try:
+                return await self._publish(chunks, name, version, digest, size_bytes)
+            finally:
+                self._uploads.pop(digest, None)
+
+    async def _publish(
+        self, chunks: AsyncIterator[bytes], name: str, version: int, digest: str, size_bytes: int
+    ) -> tuple[ModelInfo, bool]:
+        check = BundleCheck()
+        stands = any(info.digest == digest for info in await self.models.list(name))
+        bytes_of = checked_chunks(check, chunks, name=name, digest=digest, size_bytes=size_bytes)
+        if stands:  # read all the same: a client that still writes would not hear the answer
+            async for _ in bytes_of:
+                pass
+        else:
+            await self.models.upload(name, digest, size_bytes, bytes_of)
+        bundle = check.finish()
         async with self._publishing:
-            known = await self.models.list(inspected.name)
+            known = await self.models.list(name)
             for info in known:
-                if info.digest == computed and version in (0, info.version):
+                if info.digest == digest and version in (0, info.version):
                     return info, False
             if any(info.version == version for info in known):
-                raise Conflict("VERSION_EXISTS", f"{inspected.name} has another version {version}")
+                raise Conflict("VERSION_EXISTS", f"{name} has another version {version}")
             info = ModelInfo(
-                name=inspected.name,
+                name=name,
                 version=version or max((info.version for info in known), default=0) + 1,
-                digest=computed,
-                size_bytes=len(bundle),
-                formats=inspected.formats,
+                digest=digest,
+                size_bytes=size_bytes,
+                formats=bundle.formats,
                 published_at_us=self._now_us(),
-                manifest=inspected.manifest,
+                manifest=bundle.text,
+                published_by=principal().name,
             )
-            await self.models.publish(info, bundle)
+            await self.models.publish(info)
         return info, True
+
+    async def deprecate(self, name: str, version: int, reason: str) -> ModelInfo:
+        """Say why a version should not be used any more."""
+        if not reason.strip() or len(reason) > MAX_REASON:
+            raise InvalidInput("REASON_INVALID", f"say why, in 1 to {MAX_REASON:,} characters")
+        return await self.models.deprecate(name, version, reason.strip())

@@ -17,7 +17,6 @@ from vigil_common.streams.redis import RedisStreams
 
 from vigil_storage import depths
 from vigil_storage.app import Storage
-from vigil_storage.bundles import inspect
 from vigil_storage.servicer import FrameServicer, ModelServicer
 from vigil_storage.writer import WriterOptions, Writers
 
@@ -63,7 +62,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         return
     frames, models = stores
     streams = await RedisStreams.connect(settings.redis_url, security=settings)
-    app = Storage(frames, models, inspect)
+    app = Storage(frames, models)
     handle = create_server(settings.storage_bind, access=ACCESS, security=settings)
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)

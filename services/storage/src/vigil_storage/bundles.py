@@ -1,27 +1,37 @@
-"""What publishing needs to know of a bundle."""
+"""A bundle as it comes in."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vigil_common.bundle import MANIFEST, open_bundle
+from vigil_common.errors import InvalidBundle
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
-@dataclass(frozen=True, slots=True)
-class Inspected:
-    """Name of the model, runtimes it has artefacts for, and the text of vigil.yaml."""
-
-    name: str
-    formats: tuple[str, ...]
-    manifest: str
+    from vigil_common.bundle import BundleCheck
 
 
-def inspect(bundle: bytes) -> Inspected:
-    """Validate a bundle; raises `InvalidBundle`."""
-    opened = open_bundle(bundle)
-    formats = tuple(sorted(str(runtime) for runtime in opened.manifest.artefacts))
-    with tarfile.open(fileobj=io.BytesIO(bundle)) as tar:
-        text = tar.extractfile(MANIFEST)
-        return Inspected(opened.manifest.name, formats, text.read().decode() if text else "")
+async def checked_chunks(
+    check: BundleCheck, chunks: AsyncIterator[bytes], *, name: str, digest: str, size_bytes: int
+) -> AsyncIterator[bytes]:
+    """Pass a bundle on, and its last bytes only once all of it is known to be good.
+
+    Raises:
+        InvalidBundle: As `BundleCheck`, or NAME_MISMATCH, DIGEST_MISMATCH.
+    """
+    held, left = b"", size_bytes
+    async for chunk in chunks:
+        check.feed(chunk)
+        if held:
+            yield held
+        held = chunk
+        left -= len(chunk)
+        if left < 0:
+            raise InvalidBundle("BUNDLE_TOO_LARGE", f"the bundle is longer than the {size_bytes} bytes announced")
+    found = check.finish()
+    if found.manifest.name != name:
+        raise InvalidBundle("NAME_MISMATCH", f"the bundle is of model {found.manifest.name}, not of {name}")
+    if found.digest != digest:
+        raise InvalidBundle("DIGEST_MISMATCH", f"the bundle hashes to {found.digest}, not to {digest}")
+    yield held

@@ -165,4 +165,6 @@ def model_of(info: ModelInfo) -> storage_pb2.Model:
         formats=info.formats,
         published_at=from_us(info.published_at_us),
         manifest=info.manifest,
+        published_by=info.published_by,
+        deprecated=info.deprecated,
     )

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from vigil_storage.app import Storage
 
-CHUNK_BYTES = 1 << 20
-MAX_BUNDLE_BYTES = 1 << 30
-
 
 class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
     """Stored frames."""
@@ -48,23 +45,20 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
         self, request_iterator: AsyncIterator[storage_pb2.PublishRequest], _context: Any
     ) -> storage_pb2.PublishResponse:
         """The header, then the bundle in chunks."""
-        header: storage_pb2.PublishHeader | None = None
-        bundle = bytearray()
-        async for request in request_iterator:
-            if request.WhichOneof("part") == "header":
-                if header is not None:
-                    raise InvalidInput("HEADER_TWICE", "only the first message holds the header")
-                header = request.header
-                continue
-            if header is None:
-                raise InvalidInput("HEADER_MISSING", "the first message holds the header")
-            if len(bundle) + len(request.chunk) > MAX_BUNDLE_BYTES:
-                raise InvalidInput("BUNDLE_TOO_LARGE", f"a bundle has at most {MAX_BUNDLE_BYTES} bytes")
-            bundle += request.chunk
-        if header is None:
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "header":
             raise InvalidInput("HEADER_MISSING", "the first message holds the header")
+        header = first.header
+
+        async def chunks() -> AsyncIterator[bytes]:
+            async for request in request_iterator:
+                if request.WhichOneof("part") == "header":
+                    raise InvalidInput("HEADER_TWICE", "only the first message holds the header")
+                if request.chunk:
+                    yield request.chunk
+
         info, created = await self._app.publish(
-            bytes(bundle), name=header.name, version=header.version, digest=header.digest
+            chunks(), name=header.name, version=header.version, digest=header.digest, size_bytes=header.size_bytes
         )
         return storage_pb2.PublishResponse(model=convert.model_of(info), created=created)
 
@@ -83,7 +77,11 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
     ) -> AsyncIterator[storage_pb2.DownloadResponse]:
         """The header, then the bundle in chunks."""
         info = await self._app.models.get(request.name, request.version or None)
-        bundle = await self._app.models.download(info.name, info.version)
         yield storage_pb2.DownloadResponse(model=convert.model_of(info))
-        for offset in range(0, len(bundle), CHUNK_BYTES):
-            yield storage_pb2.DownloadResponse(chunk=bundle[offset : offset + CHUNK_BYTES])
+        async for chunk in self._app.models.download(info):
+            yield storage_pb2.DownloadResponse(chunk=chunk)
+
+    async def Deprecate(self, request: storage_pb2.DeprecateRequest, _context: Any) -> storage_pb2.DeprecateResponse:
+        """Why a version should not be used any more."""
+        info = await self._app.deprecate(request.name, request.version, request.reason)
+        return storage_pb2.DeprecateResponse(model=convert.model_of(info))

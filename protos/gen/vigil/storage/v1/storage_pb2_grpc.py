@@ -310,6 +310,11 @@ class ModelServiceStub:
                 request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DownloadRequest.SerializeToString,
                 response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DownloadResponse.FromString,
                 _registered_method=True)
+        self.Deprecate = channel.unary_unary(
+                '/vigil.storage.v1.ModelService/Deprecate',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DeprecateRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DeprecateResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -317,9 +322,10 @@ class ModelServiceServicer:
     """
 
     def Publish(self, request_iterator, context):
-        """The bundle in chunks, the header first. Answers with the version assigned and the digest computed here. The
-        same bundle again answers with the version it has. INVALID_ARGUMENT for a bad bundle, ALREADY_EXISTS where the
-        version asked for is taken.
+        """The bundle in chunks, the header first. It is checked and kept as it comes, and shows only once all of it is
+        known to stand: a publication cut off leaves nothing. The same bundle again answers with the version it has.
+        INVALID_ARGUMENT for a bad bundle or one that is not what the header says, ALREADY_EXISTS where the version asked
+        for is taken.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -340,7 +346,15 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Download(self, request, context):
-        """The bundle in chunks.
+        """The bundle in chunks. DATA_LOSS at the end where it is not what was published: use nothing of it before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Deprecate(self, request, context):
+        """Say that a version should not be used any more, and why. It stays, and what runs it goes on; it is not promoted
+        anew. The first reason stands. INVALID_ARGUMENT without a reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -368,6 +382,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Download,
                     request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DownloadRequest.FromString,
                     response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DownloadResponse.SerializeToString,
+            ),
+            'Deprecate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Deprecate,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DeprecateRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.DeprecateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -479,6 +498,33 @@ class ModelService:
             '/vigil.storage.v1.ModelService/Download',
             vigil_dot_storage_dot_v1_dot_storage__pb2.DownloadRequest.SerializeToString,
             vigil_dot_storage_dot_v1_dot_storage__pb2.DownloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Deprecate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.ModelService/Deprecate',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.DeprecateRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.DeprecateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -128,16 +128,21 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     Publish: _grpc.StreamUnaryMultiCallable[_storage_pb2.PublishRequest, _storage_pb2.PublishResponse]
-    """The bundle in chunks, the header first. Answers with the version assigned and the digest computed here. The
-    same bundle again answers with the version it has. INVALID_ARGUMENT for a bad bundle, ALREADY_EXISTS where the
-    version asked for is taken.
+    """The bundle in chunks, the header first. It is checked and kept as it comes, and shows only once all of it is
+    known to stand: a publication cut off leaves nothing. The same bundle again answers with the version it has.
+    INVALID_ARGUMENT for a bad bundle or one that is not what the header says, ALREADY_EXISTS where the version asked
+    for is taken.
     """
     List: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ListRequest, _storage_pb2.ListResponse]
     """All versions of one model, or of every model."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_storage_pb2.GetModelRequest, _storage_pb2.GetModelResponse]
     """What is known of one version."""
     Download: _grpc.UnaryStreamMultiCallable[_storage_pb2.DownloadRequest, _storage_pb2.DownloadResponse]
-    """The bundle in chunks."""
+    """The bundle in chunks. DATA_LOSS at the end where it is not what was published: use nothing of it before."""
+    Deprecate: _grpc.UnaryUnaryMultiCallable[_storage_pb2.DeprecateRequest, _storage_pb2.DeprecateResponse]
+    """Say that a version should not be used any more, and why. It stays, and what runs it goes on; it is not promoted
+    anew. The first reason stands. INVALID_ARGUMENT without a reason.
+    """
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
@@ -145,16 +150,21 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Publish: _aio.StreamUnaryMultiCallable[_storage_pb2.PublishRequest, _storage_pb2.PublishResponse]  # type: ignore[assignment]
-    """The bundle in chunks, the header first. Answers with the version assigned and the digest computed here. The
-    same bundle again answers with the version it has. INVALID_ARGUMENT for a bad bundle, ALREADY_EXISTS where the
-    version asked for is taken.
+    """The bundle in chunks, the header first. It is checked and kept as it comes, and shows only once all of it is
+    known to stand: a publication cut off leaves nothing. The same bundle again answers with the version it has.
+    INVALID_ARGUMENT for a bad bundle or one that is not what the header says, ALREADY_EXISTS where the version asked
+    for is taken.
     """
     List: _aio.UnaryUnaryMultiCallable[_storage_pb2.ListRequest, _storage_pb2.ListResponse]  # type: ignore[assignment]
     """All versions of one model, or of every model."""
     GetModel: _aio.UnaryUnaryMultiCallable[_storage_pb2.GetModelRequest, _storage_pb2.GetModelResponse]  # type: ignore[assignment]
     """What is known of one version."""
     Download: _aio.UnaryStreamMultiCallable[_storage_pb2.DownloadRequest, _storage_pb2.DownloadResponse]  # type: ignore[assignment]
-    """The bundle in chunks."""
+    """The bundle in chunks. DATA_LOSS at the end where it is not what was published: use nothing of it before."""
+    Deprecate: _aio.UnaryUnaryMultiCallable[_storage_pb2.DeprecateRequest, _storage_pb2.DeprecateResponse]  # type: ignore[assignment]
+    """Say that a version should not be used any more, and why. It stays, and what runs it goes on; it is not promoted
+    anew. The first reason stands. INVALID_ARGUMENT without a reason.
+    """
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """Model versions. Published ones never change."""
@@ -165,9 +175,10 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_storage_pb2.PublishRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_storage_pb2.PublishResponse, _abc.Awaitable[_storage_pb2.PublishResponse]]:
-        """The bundle in chunks, the header first. Answers with the version assigned and the digest computed here. The
-        same bundle again answers with the version it has. INVALID_ARGUMENT for a bad bundle, ALREADY_EXISTS where the
-        version asked for is taken.
+        """The bundle in chunks, the header first. It is checked and kept as it comes, and shows only once all of it is
+        known to stand: a publication cut off leaves nothing. The same bundle again answers with the version it has.
+        INVALID_ARGUMENT for a bad bundle or one that is not what the header says, ALREADY_EXISTS where the version asked
+        for is taken.
         """
 
     @_abc_1.abstractmethod
@@ -192,6 +203,16 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _storage_pb2.DownloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_storage_pb2.DownloadResponse], _abc.AsyncIterator[_storage_pb2.DownloadResponse]]:
-        """The bundle in chunks."""
+        """The bundle in chunks. DATA_LOSS at the end where it is not what was published: use nothing of it before."""
+
+    @_abc_1.abstractmethod
+    def Deprecate(
+        self,
+        request: _storage_pb2.DeprecateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.DeprecateResponse, _abc.Awaitable[_storage_pb2.DeprecateResponse]]:
+        """Say that a version should not be used any more, and why. It stays, and what runs it goes on; it is not promoted
+        anew. The first reason stands. INVALID_ARGUMENT without a reason.
+        """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

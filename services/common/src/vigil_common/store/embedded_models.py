@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import sqlite3
 import tempfile
+from dataclasses import astuple, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
-from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound
+from vigil_common.errors import Conflict, DataLost, NotFound, Unavailable
+from vigil_common.store.bundles import Measured, checked
 from vigil_common.store.embedded import open_database, translated
 from vigil_common.store.ports import ModelInfo
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     import aiosqlite
 
-
-MODEL_COLUMNS = "name, version, digest, size_bytes, formats, published_at_us, manifest"
-MODELS = """
+CHUNK_BYTES = 1 << 20
+COLUMNS = ", ".join(field.name for field in fields(ModelInfo))
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS models (
     name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, size_bytes INTEGER NOT NULL,
-    formats TEXT NOT NULL, published_at_us INTEGER NOT NULL, manifest TEXT NOT NULL,
-    PRIMARY KEY (name, version)) WITHOUT ROWID;
+    formats TEXT NOT NULL, published_at_us INTEGER NOT NULL, manifest TEXT NOT NULL, published_by TEXT NOT NULL,
+    deprecated TEXT NOT NULL, PRIMARY KEY (name, version)) WITHOUT ROWID;
 """
 
 
@@ -39,34 +42,55 @@ class EmbeddedModelStore:
     async def open(cls, folder: Path) -> Self:
         """Open the folder, made where it is missing."""
         bundles = Path(folder) / "models"
-        connection = await open_database(Path(folder) / "models.db", MODELS)
+        connection = await open_database(Path(folder) / "models.db", SCHEMA)
         await asyncio.to_thread(bundles.mkdir, exist_ok=True)
         return cls(connection, bundles)
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest.removeprefix('sha256:')}.tar"
 
-    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
-        """Keep a version; see the port."""
-        if hashlib.sha256(bundle).hexdigest() != info.digest.removeprefix("sha256:"):
-            raise InvalidInput("DIGEST_MISMATCH", "the bundle does not hash to its digest")
+    async def upload(self, name: str, digest: str, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:  # noqa: ARG002 - a digest has one file, whatever names share it
+        """Keep a bundle's bytes; see the port."""
         async with translated():
-            await asyncio.to_thread(_write_file, self._path(info.digest), bundle)
-            row = (info.name, info.version, info.digest, info.size_bytes)
+            handle, temporary = await asyncio.to_thread(tempfile.mkstemp, dir=self._folder)
             try:
-                await self._db.execute(
-                    "INSERT INTO models VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (*row, json.dumps(info.formats), info.published_at_us, info.manifest),
-                )
+                with os.fdopen(handle, "wb") as file:
+                    async for chunk in Measured(chunks, size_bytes).chunks():
+                        await asyncio.to_thread(file.write, chunk)
+                    await asyncio.to_thread(_settle, file)
+                await asyncio.to_thread(_place, Path(temporary), self._path(digest))
+            finally:
+                await asyncio.to_thread(Path(temporary).unlink, missing_ok=True)
+
+    async def publish(self, info: ModelInfo) -> None:
+        """Show an uploaded bundle; see the port."""
+        if not await asyncio.to_thread(self._path(info.digest).exists):
+            raise Unavailable("NOT_KEPT", "the bundle is not there; publish it again", retry_after_s=5.0)
+        async with translated():
+            row = [json.dumps(value) if isinstance(value, tuple) else value for value in astuple(info)]
+            places = ", ".join("?" * len(row))
+            try:
+                await self._db.execute(f"INSERT INTO models ({COLUMNS}) VALUES ({places})", row)  # noqa: S608
             except sqlite3.IntegrityError as error:
                 raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}") from error
 
+    async def deprecate(self, name: str, version: int, reason: str) -> ModelInfo:
+        """Say why; see the port."""
+        await self.get(name, version)
+        async with translated():
+            await self._db.execute(
+                "UPDATE models SET deprecated = ? WHERE name = ? AND version = ? AND deprecated = ''",
+                (reason, name, version),
+            )
+        return await self.get(name, version)
+
     async def list(self, name: str | None = None) -> list[ModelInfo]:
         """Versions by name and number."""
-        statement = f"SELECT {MODEL_COLUMNS} FROM models WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version"  # noqa: S608
+        statement = f"SELECT {COLUMNS} FROM models WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version"  # noqa: S608
         async with translated():
             rows = await self._db.execute_fetchall(statement, (name,))
-        return [ModelInfo(row[0], row[1], row[2], row[3], tuple(json.loads(row[4])), row[5], row[6]) for row in rows]
+        found = [ModelInfo(*row) for row in rows]
+        return [replace(info, formats=tuple(json.loads(str(info.formats)))) for info in found]
 
     async def get(self, name: str, version: int | None = None) -> ModelInfo:
         """One version, the newest where none is given."""
@@ -80,34 +104,33 @@ class EmbeddedModelStore:
                 return info
         raise NotFound("UNKNOWN_VERSION", f"model {name} has no version {version}")
 
-    async def download(self, name: str, version: int) -> bytes:
-        """The bundle, checked against its digest."""
-        info = await self.get(name, version)
+    async def download(self, info: ModelInfo) -> AsyncIterator[bytes]:
+        """The bundle, checked against its digest at the end."""
         try:
-            bundle = await asyncio.to_thread(self._path(info.digest).read_bytes)
+            async for chunk in checked(self._read(info.digest), info):
+                yield chunk
         except FileNotFoundError as error:
-            raise DataLost("BUNDLE_BROKEN", f"the bundle of {name} version {version} is gone") from error
-        if f"sha256:{hashlib.sha256(bundle).hexdigest()}" != info.digest:
-            raise DataLost("DIGEST_MISMATCH", f"the bundle of {name} version {version} is not what was published")
-        return bundle
+            what = f"the bundle of {info.name} version {info.version} is gone"
+            raise DataLost("BUNDLE_BROKEN", what) from error
+
+    async def _read(self, digest: str) -> AsyncIterator[bytes]:
+        with await asyncio.to_thread(self._path(digest).open, "rb") as file:
+            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield chunk
 
     async def close(self) -> None:
         """Close the database."""
         await self._db.close()
 
 
-def _write_file(path: Path, body: bytes) -> None:
-    """Whole or not at all, and on the disk when it returns."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _settle(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give it its name, for good."""
+    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

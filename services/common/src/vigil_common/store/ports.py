@@ -149,7 +149,19 @@ class FrameStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A published version as the store knows it; `manifest` is the text of vigil.yaml."""
+    """A published version as the store knows it.
+
+    Attributes:
+        name: The model's name.
+        version: Its number.
+        digest: "sha256:" and 64 hexadecimal digits.
+        size_bytes: Of the bundle.
+        formats: Runtimes it has artefacts for.
+        published_at_us: Microseconds since 1970.
+        manifest: The text of vigil.yaml.
+        published_by: Who did.
+        deprecated: Why it should not be used any more; empty while it may.
+    """
 
     name: str
     version: int
@@ -158,13 +170,30 @@ class ModelInfo:
     formats: tuple[str, ...]
     published_at_us: int
     manifest: str
+    published_by: str = ""
+    deprecated: str = ""
 
 
 class ModelStore(Protocol):
     """Model versions, immutable, never under a quota."""
 
-    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
-        """Keep a version; `Conflict("VERSION_EXISTS", ...)` where it is taken. Verified by digest before it shows."""
+    async def upload(self, name: str, digest: str, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
+        """Keep a bundle's bytes as they come; nothing shows yet.
+
+        Raises whatever the chunks raise, and `DataLost("BUNDLE_INCOMPLETE", ...)` where they are not of this size; what
+        had come by then is dropped. One upload of a digest at a time.
+        """
+        ...
+
+    async def publish(self, info: ModelInfo) -> None:
+        """Show an uploaded bundle as a version, for good.
+
+        `Conflict("VERSION_EXISTS", ...)` where it is taken, `Unavailable("NOT_KEPT", ...)` where the store has lost it.
+        """
+        ...
+
+    async def deprecate(self, name: str, version: int, reason: str) -> ModelInfo:
+        """Say why a version should not be used any more; what was said first stands."""
         ...
 
     async def list(self, name: str | None = None) -> list[ModelInfo]:
@@ -175,8 +204,8 @@ class ModelStore(Protocol):
         """One version, the newest where none is given; `NotFound("UNKNOWN_MODEL" | "UNKNOWN_VERSION", ...)`."""
         ...
 
-    async def download(self, name: str, version: int) -> bytes:
-        """The bundle, checked against its digest; `DataLost("DIGEST_MISMATCH", ...)` where it differs."""
+    def download(self, info: ModelInfo) -> AsyncIterator[bytes]:
+        """The bundle in chunks; `DataLost` where it is gone, or at the end where it is not what was published."""
         ...
 
     async def close(self) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 from reduct import BucketSettings, QuotaType, ReductError
 
-from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
+from vigil_common.errors import Conflict, DataLost, NotFound, Unavailable
+from vigil_common.store.bundles import Measured, checked
 from vigil_common.store.ports import ModelInfo
 from vigil_common.store.reduct_client import (
     BROKEN,
@@ -30,14 +30,17 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 POINTERS = "index"
+DEPRECATED = "deprecated"
+# A digest has one place, whatever versions point at it.
+PLACE = 1
 
 
 class ReductModelStore:
     """Model versions in one bucket without a quota.
 
-    The bundle stands in entry NAME/DIGEST at time VERSION, so that two publications never share a place; then a
-    pointer, `index/NAME` at VERSION, holds its ModelInfo as JSON. Only what has a pointer is listed, and a pointer is
-    written once the bundle has been read back.
+    The bundle stands in entry NAME/DIGEST; a pointer, `index/NAME` at time VERSION, holds its ModelInfo as JSON. Only
+    what has a pointer is listed, and a pointer is written once the whole bundle stands. Why a version is deprecated
+    stands in `deprecated/NAME` at time VERSION, since a published record never changes.
     """
 
     def __init__(self, client: Any, bucket: Any, settle_s: float) -> None:
@@ -62,100 +65,118 @@ class ReductModelStore:
         settings = BucketSettings(quota_type=QuotaType.NONE)
         return cls(*await open_bucket(url, token, bucket, settings, None), settle_s)
 
-    async def publish(self, info: ModelInfo, bundle: bytes) -> None:
-        """Keep a version; see the port."""
-        if hashlib.sha256(bundle).hexdigest() != info.digest.removeprefix("sha256:"):
-            raise InvalidInput("DIGEST_MISMATCH", "the bundle does not hash to its digest")
+    async def upload(self, name: str, digest: str, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
+        """Keep a bundle's bytes; see the port."""
+        entry = _bundle_entry(name, digest)
+        measured = Measured(chunks, size_bytes)
+        try:
+            async with translated():
+                # What an earlier upload has left; nothing points at it, or the same bytes would not be sent again.
+                await self._remove(entry)
+                try:
+                    await self._bucket.write(
+                        entry,
+                        measured.chunks(),
+                        timestamp=PLACE,
+                        content_length=size_bytes,
+                        content_type="application/x-tar",
+                        labels={"digest": digest, "size": str(size_bytes)},
+                    )
+                finally:
+                    # The library hides what the chunks raise behind an error of its own.
+                    measured.reraise()
+        except BaseException:
+            await asyncio.shield(self._give_up(entry))
+            raise
+
+    async def _give_up(self, entry: str) -> None:
+        try:
+            await self._remove(entry)
+        except TROUBLE:  # the next upload removes it
+            return
+
+    async def publish(self, info: ModelInfo) -> None:
+        """Show an uploaded bundle; see the port."""
         async with self._lock, translated():
             if await self._pointer(info.name, info.version) is not None:
                 raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}")
-            if await self._stored_digest(info) != info.digest:
-                await self._remove(info)
-                await self._write_bundle(info, bundle)
-            if await self._stored_digest(info) != info.digest:
-                raise DataLost("DIGEST_MISMATCH", "the store did not keep the bundle as it was; publish it again")
-            body = json.dumps(asdict(info)).encode()
-            try:
-                await self._bucket.write(
-                    f"{POINTERS}/{info.name}", body, timestamp=info.version, content_type="application/json"
-                )
-            except ReductError as error:
-                if error.status_code == CONFLICT:
-                    raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}") from error
-                raise
-            await asyncio.sleep(self._settle_s)
-            uptime_s = (await self._client.info()).uptime
-            kept = await self._pointer(info.name, info.version) == info
-            if not kept or uptime_s < self._settle_s or await self._size(info) != len(bundle):
-                raise Unavailable("NOT_KEPT", "the store restarted meanwhile; publish it again", retry_after_s=5.0)
+            if await self._size(info) != info.size_bytes:
+                raise _not_kept()
+            body = json.dumps({key: value for key, value in asdict(info).items() if key != "deprecated"}).encode()
+            await self._append(f"{POINTERS}/{info.name}", info.version, body)
+            if await self._pointer(info.name, info.version) != info or await self._size(info) != info.size_bytes:
+                raise _not_kept()
 
-    async def _write_bundle(self, info: ModelInfo, bundle: bytes) -> None:
-        async def chunks() -> AsyncIterator[bytes]:
-            for offset in range(0, len(bundle), CHUNK_BYTES):
-                yield bundle[offset : offset + CHUNK_BYTES]
-
-        values = {
-            "version": str(info.version),
-            "digest": info.digest,
-            "size": str(info.size_bytes),
-            "formats": " ".join(info.formats) or "none",
-            "published_at_us": str(info.published_at_us),
-        }
-        await self._bucket.write(
-            _bundle_entry(info),
-            chunks(),
-            timestamp=info.version,
-            content_length=len(bundle),
-            content_type="application/x-tar",
-            labels=values,
-        )
-
-    async def _remove(self, info: ModelInfo) -> None:
-        """Clear what a publication that broke off has left; nothing points at it."""
+    async def _append(self, entry: str, version: int, body: bytes) -> None:
+        """Write a small record for good, and wait until a killed server can't lose it."""
         try:
-            await self._bucket.remove_record(_bundle_entry(info), info.version)
+            await self._bucket.write(entry, body, timestamp=version, content_type="application/json")
+        except ReductError as error:
+            if error.status_code == CONFLICT:
+                raise Conflict("VERSION_EXISTS", f"{entry} has a record of version {version}") from error
+            raise
+        await asyncio.sleep(self._settle_s)
+        if (await self._client.info()).uptime < self._settle_s:
+            raise _not_kept()
+
+    async def deprecate(self, name: str, version: int, reason: str) -> ModelInfo:
+        """Say why; see the port."""
+        info = await self.get(name, version)
+        if info.deprecated:
+            return info
+        async with translated():
+            try:
+                await self._append(f"{DEPRECATED}/{name}", version, json.dumps(reason).encode())
+            except Conflict:  # somebody else was first
+                return await self.get(name, version)
+        return replace(info, deprecated=reason)
+
+    async def _remove(self, entry: str) -> None:
+        try:
+            await self._bucket.remove_record(entry, PLACE)
         except ReductError as error:
             if error.status_code != NOT_FOUND:
                 raise
 
-    async def _stored_digest(self, info: ModelInfo) -> str | None:
-        """The digest of the bytes that stand there; None where there are none or they are broken."""
-        digest = hashlib.sha256()
-        try:
-            async with self._bucket.read(_bundle_entry(info), info.version) as record:
-                async for chunk in record.read(CHUNK_BYTES):
-                    digest.update(chunk)
-        except (ReductError, aiohttp.ClientPayloadError) as error:
-            if status(error) in (NOT_FOUND, TOO_EARLY, BROKEN) or isinstance(error, aiohttp.ClientError):
-                return None
-            raise
-        return f"sha256:{digest.hexdigest()}"
-
     async def _size(self, info: ModelInfo) -> int | None:
         try:
-            async with self._bucket.read(_bundle_entry(info), info.version, head=True) as record:
+            async with self._bucket.read(_bundle_entry(info.name, info.digest), PLACE, head=True) as record:
                 return int(record.size)
+        except ReductError as error:
+            if error.status_code not in (NOT_FOUND, TOO_EARLY, BROKEN):
+                raise
+            return None
+
+    async def _read(self, entry: str, version: int) -> Any:
+        """A small record's JSON; None where there is none."""
+        if version <= 0:
+            return None
+        try:
+            async with self._bucket.read(entry, version) as record:
+                return json.loads(await record.read_all())
         except ReductError as error:
             if error.status_code != NOT_FOUND:
                 raise
             return None
 
     async def _pointer(self, name: str, version: int) -> ModelInfo | None:
-        if version <= 0:
+        fields = await self._read(f"{POINTERS}/{name}", version)
+        if fields is None:
             return None
-        try:
-            async with self._bucket.read(f"{POINTERS}/{name}", version) as record:
-                return _info(await record.read_all())
-        except ReductError as error:
-            if error.status_code != NOT_FOUND:
-                raise
-            return None
+        return _info(fields, await self._read(f"{DEPRECATED}/{name}", version) or "")
 
     async def list(self, name: str | None = None) -> list[ModelInfo]:
         """Versions by name and number."""
         async with translated():
-            query = self._bucket.query([f"{POINTERS}/{name or '*'}"])
-            found = [_info(await record.read_all()) async for record in query]
+            reasons = {
+                (record.entry, record.timestamp): json.loads(await record.read_all())
+                async for record in self._bucket.query([f"{DEPRECATED}/{name or '*'}"])
+            }
+            pointers = [
+                json.loads(await record.read_all())
+                async for record in self._bucket.query([f"{POINTERS}/{name or '*'}"])
+            ]
+        found = [_info(one, reasons.get((f"{DEPRECATED}/{one['name']}", one["version"]), "")) for one in pointers]
         return sorted(found, key=lambda info: (info.name, info.version))
 
     async def get(self, name: str, version: int | None = None) -> ModelInfo:
@@ -173,29 +194,30 @@ class ReductModelStore:
             raise NotFound(reason, f"model {name} has no version {version}")
         return info
 
-    async def download(self, name: str, version: int) -> bytes:
-        """The bundle, checked against its digest."""
-        info = await self.get(name, version)
+    async def download(self, info: ModelInfo) -> AsyncIterator[bytes]:
+        """The bundle, checked against its digest at the end."""
         try:
-            async with self._bucket.read(_bundle_entry(info), version) as record:
-                bundle: bytes = await record.read_all()
+            async with self._bucket.read(_bundle_entry(info.name, info.digest), PLACE) as record:
+                async for chunk in checked(record.read(CHUNK_BYTES), info):
+                    yield chunk
         except TROUBLE as error:
-            if status(error) in (NOT_FOUND, TOO_EARLY, BROKEN):
-                raise DataLost("BUNDLE_BROKEN", f"the bundle of {name} version {version} is gone") from error
+            if status(error) in (NOT_FOUND, TOO_EARLY, BROKEN) or isinstance(error, aiohttp.ClientPayloadError):
+                what = f"the bundle of {info.name} version {info.version} is gone"
+                raise DataLost("BUNDLE_BROKEN", what) from error
             raise translate(error) from error
-        if f"sha256:{hashlib.sha256(bundle).hexdigest()}" != info.digest:
-            raise DataLost("DIGEST_MISMATCH", f"the bundle of {name} version {version} is not what was published")
-        return bundle
 
     async def close(self) -> None:
         """Release connections."""
         await self._client.__aexit__(None, None, None)
 
 
-def _bundle_entry(info: ModelInfo) -> str:
-    return f"{info.name}/{info.digest.removeprefix('sha256:')}"
+def _bundle_entry(name: str, digest: str) -> str:
+    return f"{name}/{digest.removeprefix('sha256:')}"
 
 
-def _info(body: bytes) -> ModelInfo:
-    fields = json.loads(body)
-    return ModelInfo(**{**fields, "formats": tuple(fields["formats"])})
+def _info(fields: dict[str, Any], deprecated: str) -> ModelInfo:
+    return ModelInfo(**{**fields, "formats": tuple(fields["formats"]), "deprecated": deprecated})
+
+
+def _not_kept() -> Unavailable:
+    return Unavailable("NOT_KEPT", "the store restarted meanwhile; publish it again", retry_after_s=5.0)
