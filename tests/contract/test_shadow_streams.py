@@ -180,6 +180,20 @@ async def test_a_step_counts_once_however_often_it_is_tried(streams: Streams) ->
     assert await comparisons.read(count=10, block_ms=0, pending=True) == []
 
 
+async def test_open_frames_of_any_name_and_state_come_back_and_go(streams: Streams) -> None:
+    states = {"plain": b"p1:0:", "two words": b"p2:0:", "payload": bytes(range(256)), "new\nline": b"l3"}
+    assert await streams.reports.commit(M, "1", ReportStep("0-0", "1-0", 1, open=states))
+    assert (await streams.reports.place(M, "1")).open == states
+    assert await streams.reports.commit(M, "1", ReportStep("1-0", "2-0", 2, open=dict.fromkeys(states, b"")))
+    assert (await streams.reports.place(M, "1")).open == {}
+
+
+async def test_comparisons_come_back_each_for_itself_whatever_their_bytes(streams: Streams) -> None:
+    blobs = (b"1 2", bytes(range(256)), b"\x00", b"x" * 1000)
+    assert await streams.reports.commit(M, "1", ReportStep("0-0", "1-0", 1, comparisons=blobs))
+    assert tuple(blob for _, blob in await streams.comparisons(M).read(count=10, block_ms=100)) == blobs
+
+
 async def test_reports_of_different_runs_are_apart_and_a_replay_has_its_own_place(streams: Streams) -> None:
     await streams.reports.begin(M, "replay-a", {"candidate_version": "2", "pairs": "0"})
     assert await streams.reports.commit(M, "replay-a", ReportStep("0-0", "9-0", 0, {"pairs": 1}))

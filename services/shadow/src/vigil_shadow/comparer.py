@@ -38,7 +38,7 @@ class ComparerOptions:
         lease_ms: How long a dead owner keeps others waiting; that no verdict counts twice does not hang on it.
     """
 
-    batch_size: int = 256
+    batch_size: int = 512
     window: int = WINDOW
     lease_ms: int = 3_000
 

@@ -29,7 +29,7 @@ class Settings(SecuritySettings):
     redis_url: str = "redis://127.0.0.1:6379"
     storage_address: str | None = None
     metrics_port: int = 9090
-    shadow_batch_size: int = 256
+    shadow_batch_size: int = 512
     shadow_window: int = WINDOW
     shadow_lease_ms: int = 3_000
     drain_s: float = 5.0

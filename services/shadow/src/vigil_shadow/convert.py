@@ -16,6 +16,8 @@ from vigil_common.errors import InvalidInput
 from vigil_shadow.domain import Failed, Origin, Pair, Said
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vigil_shadow.report import Report
 
 OUTCOMES = {
@@ -103,23 +105,28 @@ def disagreement(pair: Pair, severity: float) -> shadow_pb2.Disagreement:
     )
 
 
-def comparison(model: str, pair: Pair) -> shadow_pb2.Comparison:
-    """What storage shall write of a judged pair."""
-    live, candidate = pair.live, pair.candidate
-    assert isinstance(live, Said)  # noqa: S101 - only judged pairs are written
-    assert isinstance(candidate, Said)  # noqa: S101
-    return shadow_pb2.Comparison(
-        frame_id=pair.frame_id,
-        model=model,
-        camera=pair.origin.camera,
-        captured_at=from_us(pair.origin.captured_at_us),
-        candidate=types_pb2.ModelVersion(name=model, version=candidate.version, digest=candidate.digest),
-        score=candidate.score,
-        label=_label(candidate),
-        threshold=candidate.threshold,
-        agree=live.anomalous == candidate.anomalous,
-        live=types_pb2.ModelVersion(name=model, version=live.version, digest=live.digest),
-    )
+def comparisons(model: str, pairs: Sequence[Pair]) -> list[bytes]:
+    """What storage shall write of judged pairs, serialised."""
+    # One message serves for all: who is compared stays the same, and making messages is what costs.
+    message = shadow_pb2.Comparison(model=model)
+    message.candidate.name = message.live.name = model
+    captured_at = message.captured_at
+    found = []
+    for pair in pairs:
+        live, candidate = pair.live, pair.candidate
+        assert isinstance(live, Said)  # noqa: S101 - only judged pairs are written
+        assert isinstance(candidate, Said)  # noqa: S101
+        message.frame_id = pair.frame_id
+        message.camera = pair.origin.camera
+        captured_at.seconds, captured_at.nanos = divmod(pair.origin.captured_at_us * 1_000, 1_000_000_000)
+        message.candidate.version, message.candidate.digest = candidate.version, candidate.digest
+        message.live.version, message.live.digest = live.version, live.digest
+        message.score = candidate.score
+        message.label = _label(candidate)
+        message.threshold = candidate.threshold
+        message.agree = live.anomalous == candidate.anomalous
+        found.append(message.SerializeToString())
+    return found
 
 
 def gates(asked: shadow_pb2.Gates) -> evidence.Gates:

@@ -10,7 +10,7 @@ verdicts later, and forgotten after twice that; until then whatever comes of it 
 
 from __future__ import annotations
 
-import struct
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from vigil_common.streams.ports import ComparedVerdict, Disagreed, ReportPlace, ReportStep
@@ -28,7 +28,6 @@ PAUSE_MS = 60_000
 
 # What a settled frame's further verdicts are counted as.
 SETTLED = {b"p": "duplicate", b"x": "late", b"f": "foreign"}
-_STATE = struct.Struct(">cQI")
 
 
 class _Open(NamedTuple):
@@ -38,13 +37,16 @@ class _Open(NamedTuple):
     outcome: bytes = b""
 
     def encode(self) -> bytes:
-        return _STATE.pack(self.kind, self.number, len(self.header)) + self.header + self.outcome
+        """As the report store keeps it: a settled frame's is one short word."""
+        start = b"%c%d:%d:" % (self.kind, self.number, len(self.header))
+        return start + self.header + self.outcome
 
     @classmethod
     def decode(cls, data: bytes) -> _Open:
-        kind, number, length = _STATE.unpack_from(data)
-        end = _STATE.size + length
-        return cls(kind, number, data[_STATE.size : end], data[end:])
+        """The inverse of `encode`."""
+        number, length, rest = data[1:].split(b":", 2)
+        end = int(length)
+        return cls(data[:1], int(number), rest[:end], rest[end:])
 
 
 class Pairing:
@@ -64,9 +66,11 @@ class Pairing:
         self._last_ms = last_ms
         self._window = window
         known = sorted(((name, _Open.decode(data)) for name, data in place.open.items()), key=lambda one: one[1].number)
-        # Both in the order of their first verdicts.
         self._known = dict(known)
         self._waiting = {name: convert.said(found.outcome) for name, found in known if found.kind not in SETTLED}
+        # Numbers of first verdicts, in order; what has been settled or forgotten meanwhile is passed over.
+        self._to_give_up = deque((found.number, name) for name, found in known if found.kind not in SETTLED)
+        self._to_forget = deque((found.number, name) for name, found in known)
 
     def step(self, verdicts: Sequence[ComparedVerdict]) -> ReportStep:
         """What these verdicts, the next ones after the place, add; moves on as if it had been taken."""
@@ -77,6 +81,8 @@ class Pairing:
             self._count_time(verdict, tally)
             self._expire(verdict.number, tally, changed)
             self._take(verdict, tally, changed)
+        tally.facts["last_ms"] = str(self._last_ms)
+        tally.close()
         return ReportStep(
             after=after,
             upto=self._place,
@@ -90,28 +96,25 @@ class Pairing:
                 Disagreed(pair.frame_id, severity, convert.disagreement(pair, severity).SerializeToString())
                 for pair, severity in tally.disagreements
             ],
-            comparisons=[convert.comparison(self._compared.model, pair).SerializeToString() for pair in tally.pairs],
+            comparisons=convert.comparisons(self._compared.model, tally.pairs),
         )
 
     def _count_time(self, verdict: ComparedVerdict, tally: Tally) -> None:
-        tally.adds["lost"] += max(0, verdict.number - self._number - 1)
+        if verdict.number > self._number + 1:
+            tally.adds["lost"] += verdict.number - self._number - 1
         now_ms = int(verdict.entry_id.partition("-")[0])
         if self._last_ms:
             tally.adds["compared_ms"] += min(PAUSE_MS, max(0, now_ms - self._last_ms))
-        tally.facts["last_ms"] = str(now_ms)
         self._place, self._number, self._last_ms = verdict.entry_id, verdict.number, now_ms
 
     def _expire(self, number: int, tally: Tally, changed: dict[str, bytes]) -> None:
-        while self._waiting:
-            name = next(iter(self._waiting))
-            if self._known[name].number > number - self._window:
-                break
-            tally.adds["missing" if self._known[name].kind == b"l" else "unmatched"] += 1
-            self._settle(name, b"x", tally, changed)
-        while self._known:
-            name, found = next(iter(self._known.items()))
-            if found.number > number - 2 * self._window:
-                break
+        while self._to_give_up and self._to_give_up[0][0] <= number - self._window:
+            first, name = self._to_give_up.popleft()
+            if name in self._waiting and self._known[name].number == first:
+                tally.adds["missing" if self._known[name].kind == b"l" else "unmatched"] += 1
+                self._settle(name, b"x", tally, changed)
+        while self._to_forget and self._to_forget[0][0] <= number - 2 * self._window:
+            _, name = self._to_forget.popleft()
             del self._known[name]
             changed[name] = b""
 
@@ -135,12 +138,16 @@ class Pairing:
         expected = self._compared.candidate_digest if verdict.candidate else self._compared.live_digest
         if not isinstance(said, Failed) and said.digest != expected:
             tally.adds["foreign"] += 1
-            self._known.setdefault(name, _Open(kind, verdict.number))
+            if known is None:
+                self._known[name] = _Open(kind, verdict.number)
+                self._to_forget.append((verdict.number, name))
             self._settle(name, b"f", tally, changed)
             return
         if known is None:
             self._known[name] = _Open(kind, verdict.number, verdict.header, verdict.outcome)
             self._waiting[name] = said
+            self._to_give_up.append((verdict.number, name))
+            self._to_forget.append((verdict.number, name))
             tally.adds["waiting"] += 1
             changed[name] = self._known[name].encode()
             return

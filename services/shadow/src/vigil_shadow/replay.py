@@ -116,6 +116,7 @@ async def replay(
                 continue
             said = await _judged(judge, frame, image)
             tally.add(Pair(frame.frame_id, frame.live, said, frame.origin))
+        tally.close()
         done += len(frames)
         position_us = frames[-1].stored_at_us if frames else position_us
         tally.adds["replayed"] += len(frames)

@@ -43,6 +43,12 @@ class Tally:
     joint: Counter[str] = field(default_factory=Counter)
     disagreements: list[tuple[Pair, float]] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    _last: tuple[float, float] | None = None
+
+    def close(self) -> None:
+        """Note what only the last pair tells."""
+        if self._last is not None:
+            self.facts["live_threshold_used"], self.facts["candidate_threshold_used"] = map(repr, self._last)
 
     def add(self, pair: Pair) -> None:
         """Count a pair."""
@@ -55,8 +61,10 @@ class Tally:
         self.pairs.append(pair)
         adds = self.adds
         adds["frames"] += 1
-        adds["live_anomalous"] += live.anomalous
-        adds["candidate_anomalous"] += candidate.anomalous
+        if live.anomalous:
+            adds["live_anomalous"] += 1
+        if candidate.anomalous:
+            adds["candidate_anomalous"] += 1
         if live.anomalous != candidate.anomalous:
             adds["new_alarms" if candidate.anomalous else "new_misses"] += 1
             self.disagreements.append((pair, severity(live, candidate)))
@@ -64,9 +72,9 @@ class Tally:
         adds["difference_micro"] += difference
         adds["difference_abs_micro"] += abs(difference)
         adds[f"difference:{scale.share_bin(abs(difference) / MICRO)}"] += 1
-        self.greatest["difference_max_micro"] = max(abs(difference), self.greatest.get("difference_max_micro", 0))
-        self.facts["live_threshold_used"] = repr(live.threshold)
-        self.facts["candidate_threshold_used"] = repr(candidate.threshold)
+        if abs(difference) > self.greatest.get("difference_max_micro", -1):
+            self.greatest["difference_max_micro"] = abs(difference)
+        self._last = live.threshold, candidate.threshold
         rows = scale.cell_of(live.score, live.threshold, anomalous=live.anomalous)
         columns = scale.cell_of(candidate.score, candidate.threshold, anomalous=candidate.anomalous)
         self.joint[f"{rows}:{columns}"] += 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -67,6 +68,9 @@ REPORT_KEPT_S = 30 * 86_400
 # Storage has one owner at a time, so its consumer has one name and finds its own pending entries again.
 OWNER = "owner"
 MODELS = "vigil:models"
+# What may stand among other words in one argument.
+_WORD = re.compile(r"[!-~]{1,128}")
+_SHORT = re.compile(rb"[!-~]{1,32}")
 
 log = get_logger()
 
@@ -681,14 +685,20 @@ class RedisReports:
         replayed = _cursor(run) != _cursor("")
         arguments: list[Any] = [step.after, step.upto, step.number]
         arguments += [REPORT_KEPT_S, DISAGREEMENTS_AT_MOST, COMPARISONS_AT_MOST, "0" if replayed else "1"]
-        for mapping in (step.adds, step.greatest, step.facts, step.joint, step.open):
-            arguments.append(len(mapping))
-            for item in mapping.items():
-                arguments += item
+        short = {name: state for name, state in step.open.items() if _WORD.fullmatch(name) and _SHORT.fullmatch(state)}
+        forgotten = [name for name, state in step.open.items() if not state and _WORD.fullmatch(name)]
+        arguments += [*map(_words, (step.adds, step.greatest, step.joint)), _words(short), " ".join(forgotten)]
+        arguments += [b"".join(step.comparisons), " ".join(str(len(one)) for one in step.comparisons)]
+        others = step.open.keys() - short.keys() - set(forgotten)
+        arguments.append(len(step.facts))
+        for fact in step.facts.items():
+            arguments += fact
+        arguments.append(len(others))
+        for name in others:
+            arguments += [name, step.open[name]]
         arguments.append(len(step.disagreements))
         for one in step.disagreements:
             arguments += [one.frame_id, one.severity, one.detail]
-        arguments += [len(step.comparisons), *step.comparisons]
         return bool(await self._connection.script(REPORT, keys, arguments) == 1)
 
     async def begin(self, model: str, run: str, fields: Mapping[str, str]) -> None:
@@ -723,6 +733,11 @@ class RedisReports:
             return []
         details = await self._connection.command("HMGET", f"{prefix(model)}shadow-details:{run}", *frames)
         return [detail for detail in details if detail is not None]
+
+
+def _words(pairs: Mapping[str, int] | Mapping[str, bytes]) -> str:
+    """Names and values as one argument: each argument costs the client more than the server's work on it."""
+    return " ".join(f"{name} {value.decode() if isinstance(value, bytes) else value}" for name, value in pairs.items())
 
 
 def _cursor(run: str) -> str:
