@@ -14,8 +14,6 @@ COPY . .
 ARG PACKAGE
 RUN --mount=type=cache,target=/root/.cache/uv \
     /opt/uv/bin/uv sync --quiet --frozen --no-dev --no-editable --package vigil-${PACKAGE} \
-       # The operator is used without a cluster, too, by vigil local.
-       $([ "${PACKAGE}" = operator ] && echo --extra cluster) \
     # OpenVINO brings plugins and importers that a worker never loads: models are its own IR, on the CPU.
     && find /opt/vigil -path '*/openvino/libs/*' \( -name '*_[gn]pu_plugin.so' -o -name cache.json \
        -o -name '*_frontend.so*' ! -name '*_ir_frontend.so*' \) -delete \

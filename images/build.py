@@ -58,8 +58,6 @@ def bill_of_materials(package: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     uv = shutil.which("uv") or "uv"
     command = [uv, "export", "--frozen", "--no-dev", "--format", "cyclonedx1.5"]
-    if package == "operator":
-        command += ["--extra", "cluster"]
     text = subprocess.run(  # noqa: S603
         [*command, "--package", f"vigil-{package}"], check=True, cwd=ROOT, capture_output=True, text=True
     ).stdout

@@ -1,0 +1,240 @@
+"""The whole platform on a real cluster: each test goes on from where the one before it left the cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from vigil_trainer import train
+
+from tests.e2e.conftest import NEXT_TAG, OWN, REGISTRY, TAG
+from tests.e2e.tools import ROOT, ClientPod, Cluster, check_account, say, wait_until
+from tests.support.cells import load_cells
+
+NAMESPACE, RELEASE, MODEL = "vigil-e2e", "vigil", "cells"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+MEMORY_LIMIT_MB = 700
+# A frame of the built-in model takes some 20 ms of one core, and two cores are shared by all.
+RATE = 10.0
+
+
+class Platform:
+    """The release under test, and a client beside it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.client = ClientPod(cluster, NAMESPACE)
+        self.ids: list[str] = []
+
+    def install(self, *settings: str, tag: str = TAG) -> float:
+        """Both charts, or what changed in them; seconds until all is ready."""
+        started = time.monotonic()
+        images = [f"image.registry={REGISTRY}", f"image.tag={tag}"]
+        if OWN:
+            for name in ("valkey", "reductstore"):
+                images += [f"{name}.image.repository=localhost/vigil/{name}", f"{name}.image.tag={TAG}"]
+        common = ("upgrade", "--install", "--namespace", NAMESPACE, "--wait", "--timeout", "300s")
+        sizes = ["valkey.persistence.size=1Gi", "reductstore.persistence.size=2Gi", "valkey.maxmemory=512mb"]
+        chosen = [f"--set={value}" for value in (*images, *sizes, *settings)]
+        self.cluster.helm(*common, RELEASE, str(ROOT / "charts/vigil"), *chosen)
+        operator = [f"--set=image.registry={REGISTRY}", f"--set=image.tag={TAG}"]
+        self.cluster.helm(*common, f"{RELEASE}-operator", str(ROOT / "charts/vigil-operator"), *operator)
+        return time.monotonic() - started
+
+    def pods(self, selector: str = "") -> list[dict[str, Any]]:
+        """Pods of the namespace that are not on their way out."""
+        found = self.cluster.get("pods", "-n", NAMESPACE, *(["-l", selector] if selector else []))["items"]
+        return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+    def ready(self, selector: str) -> int:
+        """How many of them are ready."""
+        conditions = [
+            {part["type"]: part["status"] for part in pod["status"].get("conditions", ())}
+            for pod in self.pods(selector)
+        ]
+        return sum(states.get("Ready") == "True" for states in conditions)
+
+    def memory_mb(self) -> dict[str, float]:
+        """Resident memory of each pod's processes."""
+        script = "cat /proc/[0-9]*/status | awk '/^VmRSS/ {sum += $2} END {print sum}'"
+        found = {}
+        for pod in self.pods():
+            name = pod["metadata"]["name"]
+            if pod["status"]["phase"] == "Running" and name != self.client.name:
+                told = self.cluster.kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", script)
+                found[name] = int(told) / 1024
+        return found
+
+    def model(self, version: int, **spec: Any) -> None:
+        """Ask for a version."""
+        wanted = {"source": {"model": MODEL, "version": str(version)}, **spec}
+        metadata = {"name": MODEL, "namespace": NAMESPACE}
+        kind = {"apiVersion": "vigil.dev/v1alpha1", "kind": "AnomalyModel"}
+        self.cluster.apply({**kind, "metadata": metadata, "spec": wanted})
+
+    def status(self) -> dict[str, Any]:
+        """Of the AnomalyModel."""
+        found: dict[str, Any] = self.cluster.get("anomalymodel", MODEL, "-n", NAMESPACE).get("status", {})
+        return found
+
+    def wait_live(self, version: int, deadline_s: float = 180.0) -> dict[str, Any]:
+        """Until a version is live and nothing is under way."""
+
+        def live() -> dict[str, Any] | None:
+            status = self.status()
+            is_live = status.get("phase") == "Live" and str(status.get("live", {}).get("version")) == str(version)
+            return status if is_live else None
+
+        found: dict[str, Any] = wait_until(f"{MODEL} {version} live", live, deadline_s)
+        return found
+
+    def publish(self, bundle: bytes, name: str) -> None:
+        """Hand a bundle to the platform, from the client."""
+        self.cluster.kubectl(
+            "exec", "-i", "-n", NAMESPACE, self.client.name, "--", "sh", "-c", f"cat > /data/{name}", stdin=bundle
+        )
+        say(self.client.run("vigil", "model", "publish", f"/data/{name}").strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def platform(cluster: Cluster) -> Platform:
+    """In a namespace of its own that only takes restricted pods."""
+    metadata = {"name": NAMESPACE, "labels": RESTRICTED}
+    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    return Platform(cluster)
+
+
+def test_both_charts_install_from_nothing_under_restricted_pod_security(platform: Platform) -> None:
+    # Given an empty namespace, when both charts are installed
+    seconds = platform.install()
+    # then every pod is ready
+    names = sorted(pod["metadata"]["name"] for pod in platform.pods())
+    say(f"ready in {seconds:.0f} s: {', '.join(names)}")
+    assert platform.ready("app.kubernetes.io/part-of=vigil") == len(names) >= 7
+    # and the idle platform is small
+    memory = platform.memory_mb()
+    say(", ".join(f"{name} {used:.0f} MB" for name, used in sorted(memory.items())))
+    say(f"together {sum(memory.values()):.0f} MB, at most {MEMORY_LIMIT_MB}")
+    assert sum(memory.values()) <= MEMORY_LIMIT_MB
+
+
+def test_cells_streamed_from_another_pod_are_judged_and_kept(platform: Platform) -> None:
+    # Given a published model that an AnomalyModel asks for
+    cells = load_cells()
+    files = {f"cells/{number:03}.png": image for number, image in enumerate(cells.test_images)}
+    files["client.py"] = (ROOT / "tests/e2e/client.py").read_bytes()
+    env = {
+        "VIGIL_ADDRESS": f"{RELEASE}-ingest:50051",
+        "VIGIL_STORAGE_ADDRESS": f"{RELEASE}-storage:50053",
+        "VIGIL_REDIS_URL": f"redis://{RELEASE}-valkey:6379/0",
+    }
+    platform.client.start(f"{REGISTRY}/vigil/cli:{TAG}", env, {}, files)
+    platform.publish(train(cells.train[:80], name=MODEL).bundle, "v1.tar")
+    started = time.monotonic()
+    platform.model(1)
+    platform.wait_live(1)
+    say(f"live {time.monotonic() - started:.1f} s after kubectl apply")
+    # when 300 cells are streamed
+    account = platform.client.stream(MODEL, count=300, rate=50.0).result()
+    # then each has its verdict and is stored once
+    assert len(account["sent"]) == 300
+    check_account(platform.client, MODEL, account)
+    platform.ids += account["sent"]
+    # and helm test sends an image and finds it again
+    platform.install(f"test.model={MODEL}")
+    told = platform.cluster.helm("test", RELEASE, "--namespace", NAMESPACE, "--logs", "--timeout", "120s")
+    lines = [line for line in told.splitlines() if line.startswith(("verdict:", "storage: keeps"))]
+    say("; ".join(lines))
+    assert len(lines) == 2
+
+
+def test_workers_scale_from_one_to_three_and_back_under_load(platform: Platform) -> None:
+    # Given one worker under a running stream
+    workers = f"vigil.dev/anomalymodel={MODEL}"
+    assert platform.ready(workers) == 1
+    stream = platform.client.stream(MODEL, count=100_000, rate=RATE)
+    stream.wait_for_answers(30)
+    # when there are three and then one again
+    for replicas in (3, 1):
+        platform.cluster.kubectl("scale", "-n", NAMESPACE, f"anomalymodel/{MODEL}", f"--replicas={replicas}")
+
+        def settled(wanted: int = replicas) -> bool:
+            return platform.ready(workers) == wanted == len(platform.pods(workers))
+
+        wait_until(f"{replicas} workers", settled)
+        stream.wait_for_answers(60)
+        say(f"{replicas} workers, {stream.answers()} answers so far")
+    # then no frame was lost
+    account = stream.stop()
+    check_account(platform.client, MODEL, account, also=platform.ids)
+    platform.ids += account["sent"]
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        "app.kubernetes.io/component=ingest",
+        f"vigil.dev/anomalymodel={MODEL}",
+        "app.kubernetes.io/component=storage",
+        "app.kubernetes.io/component=valkey",
+        "app.kubernetes.io/component=reductstore",
+        "app.kubernetes.io/component=shadow",
+        "app.kubernetes.io/name=vigil-operator",
+    ],
+)
+def test_pods_killed_under_load_lose_nothing(platform: Platform, selector: str) -> None:
+    # Given a running stream
+    before = len(platform.pods(selector))
+    stream = platform.client.stream(MODEL, count=100_000, rate=RATE)
+    stream.wait_for_answers(20)
+    # when every pod of a kind is killed at once
+    killed = time.monotonic()
+    force = ("--force", "--grace-period=0", "--wait=false")
+    platform.cluster.kubectl("delete", "pod", "-n", NAMESPACE, "-l", selector, *force)
+    # then it comes back, the stream goes on
+    wait_until(f"{selector} ready again", lambda: platform.ready(selector) == before)
+    say(f"{before} pods killed, all ready again after {time.monotonic() - killed:.1f} s")
+    stream.wait_for_answers(60)
+    # and each accepted frame is stored once
+    account = stream.stop()
+    check_account(platform.client, MODEL, account)
+    platform.ids += account["sent"]
+
+
+def test_an_upgrade_under_load_loses_nothing(platform: Platform) -> None:
+    # Given a running stream
+    stream = platform.client.stream(MODEL, count=100_000, rate=RATE)
+    stream.wait_for_answers(20)
+    # when values and image tag change
+    seconds = platform.install("storage.batchSize=16", "ingest.window=128", tag=NEXT_TAG)
+    images = {pod["spec"]["containers"][0]["image"] for pod in platform.pods("app.kubernetes.io/name=vigil")}
+    say(f"upgraded in {seconds:.0f} s; images {', '.join(sorted(images))}")
+    assert f"{REGISTRY}/vigil/ingest:{NEXT_TAG}" in images
+    assert f"{REGISTRY}/vigil/ingest:{TAG}" not in images
+    stream.wait_for_answers(60)
+    # then no frame is lost
+    account = stream.stop()
+    check_account(platform.client, MODEL, account)
+    platform.ids += account["sent"]
+
+
+def test_what_was_uninstalled_finds_everything_again(platform: Platform) -> None:
+    # Given all frames of the tests before, when both releases go
+    cluster = platform.cluster
+    for release in (RELEASE, f"{RELEASE}-operator"):
+        cluster.helm("uninstall", release, "--namespace", NAMESPACE, "--wait", "--timeout", "120s")
+    # then the definition, the models and the volumes stay
+    cluster.kubectl("get", "crd", "anomalymodels.vigil.dev")
+    cluster.kubectl("get", "anomalymodel", MODEL, "-n", NAMESPACE)
+    claims = [claim["metadata"]["name"] for claim in cluster.get("pvc", "-n", NAMESPACE)["items"]]
+    say(f"kept: {', '.join(claims)}")
+    assert len(claims) == 2
+    # and once installed again the frames are there, and more can come
+    platform.install()
+    platform.wait_live(1)
+    stored = platform.client.ask("stored", "--model", MODEL)
+    lost = [name for name in platform.ids if name not in stored]
+    say(f"{len(platform.ids) - len(lost)} of {len(platform.ids)} frames found again")
+    assert not lost
+    check_account(platform.client, MODEL, platform.client.stream(MODEL, count=50, rate=RATE).result())
