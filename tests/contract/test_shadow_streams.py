@@ -189,6 +189,7 @@ async def test_open_frames_of_any_name_and_state_come_back_and_go(streams: Strea
 
 
 async def test_comparisons_come_back_each_for_itself_whatever_their_bytes(streams: Streams) -> None:
+    await compare(streams)
     blobs = (b"1 2", bytes(range(256)), b"\x00", b"x" * 1000)
     assert await streams.reports.commit(M, "1", ReportStep("0-0", "1-0", 1, comparisons=blobs))
     assert tuple(blob for _, blob in await streams.comparisons(M).read(count=10, block_ms=100)) == blobs
