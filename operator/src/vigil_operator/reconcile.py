@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
+from vigil_common.audit import audit
 from vigil_common.errors import Unavailable, VigilError
 from vigil_common.logging import get_logger
 
@@ -152,6 +153,9 @@ class Reconciler:
                         before=status.phase.value,
                         live=live.version if live else None,
                     )
+                if (live := made.status.live) and (status.live is None or live.digest != status.live.digest):
+                    who, model = f"operator, for {resource.namespace}/{resource.name}", resource.spec.source.model
+                    audit("promoted", by=who, model=model, version=live.version, digest=live.digest)
                 status = made.status
             moved = any(isinstance(action, WriteStatus | WriteRoute) for action in made.actions)
             if trouble:

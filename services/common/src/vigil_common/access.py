@@ -69,15 +69,21 @@ def enter(who: Principal) -> None:
     _principal.set(who)
 
 
+def may(model: str) -> bool:
+    """Whether the call under way may touch a model."""
+    who = _principal.get()
+    return who.models is None or model in who.models
+
+
 def authorize(model: str) -> None:
     """Let the call under way touch a model.
 
     Raises:
         Forbidden: MODEL_NOT_ALLOWED.
     """
-    who = _principal.get()
-    if who.models is not None and model not in who.models:
-        raise Forbidden("MODEL_NOT_ALLOWED", f"token {who.name} has no access to model {model or '(all)'}")
+    if not may(model):
+        name = principal().name
+        raise Forbidden("MODEL_NOT_ALLOWED", f"token {name} has no access to model {model[:64] or '(all)'}")
 
 
 def require(who: Principal, roles: Collection[Role], method: str) -> None:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
+from vigil_common.access import authorize
 from vigil_common.errors import QueueFull
 
 from vigil_inference import convert
@@ -45,6 +46,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.PredictRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.PredictResponse:
         """Judge one image now; WORKER_BUSY where too many wait already."""
+        authorize(self._version.name)
         if self._waiting >= MAX_WAITING:
             raise QueueFull(
                 "WORKER_BUSY", f"{MAX_WAITING} images wait for this worker; try again", retry_after_s=RETRY_AFTER_S
@@ -72,6 +74,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.DescribeResponse:
         """What is loaded."""
+        authorize(self._version.name)
         return convert.description(
             self._pipeline.model,
             self._version,

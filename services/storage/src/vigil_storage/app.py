@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vigil_common.access import principal
+from vigil_common.audit import audit
 from vigil_common.bundle import MAX_BUNDLE_BYTES, NAME, BundleCheck
 from vigil_common.errors import Conflict, InvalidInput
 from vigil_common.store.ports import ModelInfo
@@ -126,10 +127,13 @@ class Storage:
                 published_by=principal().name,
             )
             await self.models.publish(info)
+        audit("published", model=name, version=info.version, digest=digest)
         return info, True
 
     async def deprecate(self, name: str, version: int, reason: str) -> ModelInfo:
         """Say why a version should not be used any more."""
         if not reason.strip() or len(reason) > MAX_REASON:
             raise InvalidInput("REASON_INVALID", f"say why, in 1 to {MAX_REASON:,} characters")
-        return await self.models.deprecate(name, version, reason.strip())
+        info = await self.models.deprecate(name, version, reason.strip())
+        audit("deprecated", model=name, version=version)
+        return info

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
+from vigil_common.access import authorize, may
 from vigil_common.errors import InvalidInput
 
 from vigil_storage import convert
@@ -13,26 +14,63 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from vigil_storage.app import Storage
+    from vigil_storage.reviews import Reviews
 
 
 class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
-    """Stored frames."""
+    """Stored frames, and what people say of them."""
 
-    def __init__(self, app: Storage) -> None:
+    def __init__(self, app: Storage, reviews: Reviews) -> None:
         self._app = app
+        self._reviews = reviews
 
     async def Query(self, request: storage_pb2.QueryRequest, _context: Any) -> storage_pb2.QueryResponse:
         """Frames that match, oldest first."""
+        authorize(request.model)
         where = convert.filter_of(request)
         found, token = await self._app.query(where, page_size=request.page_size, token=request.page_token)
         return storage_pb2.QueryResponse(frames=map(convert.stored_frame, found), next_page_token=token)
 
     async def Get(self, request: storage_pb2.GetRequest, _context: Any) -> storage_pb2.GetResponse:
         """One frame by its id."""
+        authorize(request.model)
         stored, image = await self._app.get(
             request.model, request.frame_id, request.camera, header_only=request.header_only
         )
-        return storage_pb2.GetResponse(frame=convert.stored_frame(stored), image=image)
+        found = await self._reviews.reviewed(stored, image, with_mask=not request.header_only)
+        said = map(convert.annotation, found.history)
+        return storage_pb2.GetResponse(
+            frame=convert.stored_frame(stored), image=image, annotations=said, mask=found.mask
+        )
+
+    async def Annotate(self, request: storage_pb2.AnnotateRequest, _context: Any) -> storage_pb2.AnnotateResponse:
+        """What a person says of a frame."""
+        said, applied = await self._reviews.annotate(convert.remark_of(request))
+        return storage_pb2.AnnotateResponse(annotation=convert.annotation(said), applied=applied)
+
+    async def ReviewQueue(
+        self, request: storage_pb2.ReviewQueueRequest, _context: Any
+    ) -> storage_pb2.ReviewQueueResponse:
+        """Frames worth a person's look."""
+        where = convert.entry_filter(request.model, request.camera)
+        since_us = convert.to_us(request.since) if request.HasField("since") else None
+        given = await self._reviews.queue(
+            where, request.reviewer, size=request.size, since_us=since_us, again=request.again
+        )
+        return storage_pb2.ReviewQueueResponse(items=(convert.review_item(*one) for one in given))
+
+    async def Export(
+        self, request: storage_pb2.ExportRequest, _context: Any
+    ) -> AsyncIterator[storage_pb2.ExportResponse]:
+        """Labelled frames, a message each."""
+        where = convert.export_filter(request)
+        async for found in self._reviews.export(where, decided=request.decided):
+            yield storage_pb2.ExportResponse(
+                frame=convert.stored_frame(found.frame),
+                image=found.image,
+                annotations=map(convert.annotation, found.history),
+                mask=found.mask,
+            )
 
 
 class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
@@ -49,6 +87,7 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidInput("HEADER_MISSING", "the first message holds the header")
         header = first.header
+        authorize(header.name)
 
         async def chunks() -> AsyncIterator[bytes]:
             async for request in request_iterator:
@@ -65,10 +104,11 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
     async def List(self, request: storage_pb2.ListRequest, _context: Any) -> storage_pb2.ListResponse:
         """Versions by name and number."""
         found = await self._app.models.list(request.name or None)
-        return storage_pb2.ListResponse(models=map(convert.model_of, found))
+        return storage_pb2.ListResponse(models=[convert.model_of(info) for info in found if may(info.name)])
 
     async def GetModel(self, request: storage_pb2.GetModelRequest, _context: Any) -> storage_pb2.GetModelResponse:
         """One version."""
+        authorize(request.name)
         info = await self._app.models.get(request.name, request.version or None)
         return storage_pb2.GetModelResponse(model=convert.model_of(info))
 
@@ -76,6 +116,7 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
         self, request: storage_pb2.DownloadRequest, _context: Any
     ) -> AsyncIterator[storage_pb2.DownloadResponse]:
         """The header, then the bundle in chunks."""
+        authorize(request.name)
         info = await self._app.models.get(request.name, request.version or None)
         yield storage_pb2.DownloadResponse(model=convert.model_of(info))
         async for chunk in self._app.models.download(info):
@@ -83,5 +124,6 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
 
     async def Deprecate(self, request: storage_pb2.DeprecateRequest, _context: Any) -> storage_pb2.DeprecateResponse:
         """Why a version should not be used any more."""
+        authorize(request.name)
         info = await self._app.deprecate(request.name, request.version, request.reason)
         return storage_pb2.DeprecateResponse(model=convert.model_of(info))
