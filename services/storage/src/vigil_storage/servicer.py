@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil_common.access import authorize, may
+from vigil_common.audit import audit
 from vigil_common.errors import InvalidInput
 
 from vigil_storage import convert
@@ -45,13 +46,16 @@ class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
 
     async def Annotate(self, request: storage_pb2.AnnotateRequest, _context: Any) -> storage_pb2.AnnotateResponse:
         """What a person says of a frame."""
+        authorize(request.model)
         said, applied = await self._reviews.annotate(convert.remark_of(request))
+        audit("annotated", model=request.model, frame_id=request.frame_id, annotation_id=said.annotation_id)
         return storage_pb2.AnnotateResponse(annotation=convert.annotation(said), applied=applied)
 
     async def ReviewQueue(
         self, request: storage_pb2.ReviewQueueRequest, _context: Any
     ) -> storage_pb2.ReviewQueueResponse:
         """Frames worth a person's look."""
+        authorize(request.model)
         where = convert.entry_filter(request.model, request.camera)
         since_us = convert.to_us(request.since) if request.HasField("since") else None
         given = await self._reviews.queue(
@@ -63,6 +67,7 @@ class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
         self, request: storage_pb2.ExportRequest, _context: Any
     ) -> AsyncIterator[storage_pb2.ExportResponse]:
         """Labelled frames, a message each."""
+        authorize(request.model)
         where = convert.export_filter(request)
         async for found in self._reviews.export(where, decided=request.decided):
             yield storage_pb2.ExportResponse(
