@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from vigil_cli.demo import auroc, split_cells
+from vigil_cli.demo import split_cells
 from vigil_cli.local import find_store
 from vigil_cli.local.process import Process
 from vigil_cli.sources import SourceError, open_source
@@ -128,11 +128,6 @@ def test_the_split_is_the_same_each_time_and_tests_on_no_training_cell() -> None
     assert split == split_cells()
     assert (len(split.train), len(split.test), sum(defective for _, defective in split.test)) == (350, 300, 150)
     assert not set(split.train) & {path for path, _ in split.test}
-
-
-def test_auroc_counts_ties_half() -> None:
-    assert auroc([0.1, 0.5], [0.5, 0.9]) == 0.875
-    assert auroc([0.9], [0.1]) == 0.0
 
 
 def test_folders_globs_and_videos_are_told_apart(tmp_path: Path) -> None:

@@ -96,6 +96,39 @@ def test_abnormal_images_set_the_threshold_and_are_measured() -> None:
     assert (found >= 0.5).mean() > 0.5
 
 
+def scratched(image: bytes) -> tuple[bytes, bytes]:
+    """A cell with a bright patch, and its mask."""
+    pixels = np.array(Image.open(io.BytesIO(image)).convert("L"))
+    mask = np.zeros_like(pixels)
+    mask[100:160, 120:200] = 255
+    pixels[mask > 0] = 255
+    files = []
+    for picture in (pixels, mask):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        files.append(file.getvalue())
+    return files[0], files[1]
+
+
+def test_masks_measure_the_maps_and_must_fit_their_images() -> None:
+    cells = load_cells()
+    patched = [scratched(image) for image in cells.normal[:4]]
+    abnormal, masks = [image for image, _ in patched], {index: mask for index, (_, mask) in enumerate(patched)}
+    result = train(cells.train[:40], abnormal, name="cells", masks=masks)
+    assert result.f1 == 1.0
+    assert result.pixel_auroc is not None
+    assert result.pixel_auroc > 0.9
+    assert result.pro is not None
+    assert result.pro > 0.5
+    lineage = open_bundle(result.bundle).manifest.lineage
+    assert lineage["pixel_auroc"] == result.pixel_auroc
+    small = io.BytesIO()
+    Image.new("L", (10, 10)).save(small, "PNG")
+    with pytest.raises(InvalidInput) as mismatch:
+        train(cells.train[:10], abnormal, name="cells", masks={0: small.getvalue()})
+    assert mismatch.value.reason == "MASK_SIZE_MISMATCH"
+
+
 def test_files_and_colour_and_deep_grey_are_read(tmp_path: Path) -> None:
     paths = []
     for index in range(4):

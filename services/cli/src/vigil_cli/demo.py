@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import typer
 from PIL import Image, ImageDraw
 from rich.table import Table
@@ -30,9 +30,6 @@ from vigil_cli.local import LocalStack, StackError
 from vigil_cli.models import make_live
 from vigil_cli.options import console, errors
 from vigil_cli.stream import progress_bar
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 MODEL = "solar-cells"
 LEAST_AUROC = 0.92
@@ -75,12 +72,6 @@ def split_cells() -> Split:
     return Split(tuple(normal[:_TRAIN]), tuple(test))
 
 
-def auroc(normal: Sequence[float], anomalous: Sequence[float]) -> float:
-    """Probability that an anomalous score is over a normal one; ties count half."""
-    wins = sum((high > low) + 0.5 * (high == low) for high in anomalous for low in normal)
-    return wins / (len(normal) * len(anomalous))
-
-
 async def run_demo(out: Path) -> int:
     """Run it all.
 
@@ -99,6 +90,7 @@ async def run_demo(out: Path) -> int:
 
 async def _demo(out: Path) -> int:
     from vigil_trainer import train  # noqa: PLC0415 - loads the runtimes
+    from vigil_trainer.metrics import auroc  # noqa: PLC0415
 
     split = split_cells()
     with console.status(f"training on {len(split.train)} normal cells"):
@@ -125,7 +117,7 @@ async def _demo(out: Path) -> int:
             truth: [verdict.score for name, verdict in judged.items() if frames[name][1] == truth]
             for truth in (False, True)
         }
-        area = auroc(scores[False], scores[True]) if all(scores.values()) else 0.0
+        area = auroc(np.array(scores[False]), np.array(scores[True])) if all(scores.values()) else 0.0
         worst = sorted(judged.values(), key=lambda verdict: -verdict.score)[: _SHEET_COLUMNS * _SHEET_ROWS]
         picked = [(*frames[verdict.frame_id], verdict.score) for verdict in worst]
         pictures = await _overlays(stack.worker_addresses[worker], [frame for frame, _, _ in picked])

@@ -15,12 +15,12 @@ from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, pack
 from vigil_common.errors import InvalidInput
 
-from vigil_trainer import padim
+from vigil_trainer import metrics, padim
 from vigil_trainer.features import INPUT, FeatureExtractor, open_session
 from vigil_trainer.images import decode, to_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -43,12 +43,18 @@ class TrainResult:
     Attributes:
         bundle: Ready to publish.
         auroc: Of abnormal images against held-out normal ones; None without abnormal ones.
+        f1: At the threshold, of the same; None likewise.
+        pixel_auroc: Of the maps of abnormal images with a mask; None without masks.
+        pro: Their per-region overlap; None likewise.
         threshold: The raw score that becomes 0.5.
         fit_s: Seconds from the first image read to the graph written.
     """
 
     bundle: bytes
     auroc: float | None
+    f1: float | None
+    pixel_auroc: float | None
+    pro: float | None
     threshold: float
     fit_s: float
 
@@ -58,6 +64,7 @@ def train(
     abnormal: Sequence[Path | bytes] = (),
     *,
     name: str,
+    masks: Mapping[int, Path | bytes] | None = None,
     progress: Progress | None = None,
     parity: int = 4,
 ) -> TrainResult:
@@ -67,11 +74,12 @@ def train(
         normal: Images without anomalies, as files or encoded; at least 4.
         abnormal: Anomalous ones; only the threshold and the score's range are taken from them.
         name: The model's name.
+        masks: Where abnormal images are anomalous, by their place among them; only measured by, not learned from.
         progress: Called with the number of images read so far, and of all.
         parity: How many images go into the bundle with their scores.
 
     Raises:
-        InvalidInput: TOO_FEW_IMAGES, or as `vigil_trainer.images.decode`.
+        InvalidInput: TOO_FEW_IMAGES, MASK_SIZE_MISMATCH, or as `vigil_trainer.images.decode`.
     """
     if len(normal) < FEWEST_IMAGES:
         raise InvalidInput("TOO_FEW_IMAGES", f"training needs {FEWEST_IMAGES} normal images, there are {len(normal)}")
@@ -91,15 +99,31 @@ def train(
     scale = _scale(held_out, anomalous)
     graph = padim.write_graph(gaussians, scale)
     fit_s = time.perf_counter() - began
-    area = None if anomalous is None else auroc(held_out, anomalous)
-    bundle = _bundle(name, graph, _samples(normal, abnormal, parity), {"images": len(normal), "auroc": area})
-    return TrainResult(bundle, area, scale.threshold, fit_s)
+    area, f1 = None, None
+    if anomalous is not None:
+        area = metrics.auroc(held_out, anomalous)
+        f1 = metrics.confusion(held_out, anomalous, scale.threshold).f1
+    pixels = _measured(graph, abnormal, masks or {})
+    lineage = {"images": len(normal), "auroc": area, "f1": f1, "pixel_auroc": pixels.auroc, "pro": pixels.pro}
+    bundle = _bundle(name, graph, _samples(normal, abnormal, parity), lineage)
+    return TrainResult(bundle, area, f1, pixels.auroc, pixels.pro, scale.threshold, fit_s)
 
 
-def auroc(normal: NDArray[np.float32], abnormal: NDArray[np.float32]) -> float:
-    """The share of pairs in which the abnormal image scores higher; ties count half."""
-    difference = abnormal[:, None] - normal[None]
-    return float((difference > 0).mean() + (difference == 0).mean() / 2)
+def _measured(
+    graph: bytes, abnormal: Sequence[Path | bytes], masks: Mapping[int, Path | bytes]
+) -> metrics.PixelMetrics:
+    """What the graph's maps are worth against the masks."""
+    found = metrics.PixelMetrics()
+    session = open_session(graph) if masks else None
+    for place, mask in masks.items():
+        pixels = _pixels(abnormal[place])
+        truth = _pixels(mask)[..., 0] > 0
+        if truth.shape != pixels.shape[:2]:
+            sizes = f"{truth.shape[1]}x{truth.shape[0]}, its image {pixels.shape[1]}x{pixels.shape[0]}"
+            raise InvalidInput("MASK_SIZE_MISMATCH", f"the mask of abnormal image {place} is {sizes}")
+        if session is not None:
+            found.add(np.squeeze(session.run([padim.MAP], {INPUT: to_tensor(pixels)})[0]), truth)
+    return found
 
 
 def _held_out_scores(features: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -119,10 +143,7 @@ def _scale(normal: NDArray[np.float32], abnormal: NDArray[np.float32] | None) ->
         threshold = float(np.quantile(normal, _NORMAL_QUANTILE))
         high += _HEADROOM * (high - low)
     else:
-        candidates = np.unique(np.concatenate([normal, abnormal]))
-        hits = (abnormal[None] >= candidates[:, None]).sum(axis=1)
-        alarms = hits + (normal[None] >= candidates[:, None]).sum(axis=1)
-        threshold = float(candidates[np.argmax(2 * hits / (alarms + len(abnormal)))])
+        threshold, _ = metrics.best_f1(normal, abnormal)
         high = max(high, float(abnormal.max()))
     # 0.5 is the middle: the range has to reach as far on either side.
     reach = max(high - threshold, threshold - low, _LEAST_RANGE)
@@ -135,7 +156,7 @@ def _samples(normal: Sequence[Path | bytes], abnormal: Sequence[Path | bytes], c
     return [_pixels(image) for image in (*normal[: count - len(bad)], *bad)]
 
 
-def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], metrics: dict[str, float | None]) -> bytes:
+def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: dict[str, float | None]) -> bytes:
     session = open_session(graph)
     files = {MODEL_PATH: graph}
     parity = []
@@ -155,7 +176,7 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], metrics: 
         lineage={
             "trainer": "vigil-trainer",
             "algorithm": "padim",
-            **{key: value for key, value in metrics.items() if value is not None},
+            **{key: value for key, value in lineage.items() if value is not None},
         },
     )
     return pack(manifest, files)
