@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 if TYPE_CHECKING:
@@ -86,7 +87,11 @@ class PixelMetrics:
     _region_count: int = 0
 
     def add(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> None:
-        """Count an image: its map [H, W] from 0 to 1, and where it is anomalous [H, W]."""
+        """Count an image: its map from 0 to 1, of any size, and where it is anomalous [H, W]."""
+        if anomaly_map.shape != mask.shape:
+            height, width = mask.shape
+            picture = Image.fromarray(anomaly_map.astype(np.float32))
+            anomaly_map = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
         bins = (np.clip(np.nan_to_num(anomaly_map), 0, 1) * (BINS - 1)).astype(np.int64)
         self._normal += np.bincount(bins[~mask], minlength=BINS)
         self._anomalous += np.bincount(bins[mask], minlength=BINS)
