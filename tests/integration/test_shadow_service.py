@@ -51,9 +51,14 @@ class Setup:
 
     async def judge(self, pairs: Sequence[tuple[Answer, Answer]], digest: str = CANDIDATE) -> None:
         """Frames go through both workers."""
-        for live, _ in pairs:
-            await self.streams.queue.admit(
-                MODEL, frame_id=live.frame_id, sha256=b"s", header=live.header(), image=b"i", reply_to=""
+        for start in range(0, len(pairs), BATCH):
+            await asyncio.gather(
+                *(
+                    self.streams.queue.admit(
+                        MODEL, frame_id=live.frame_id, sha256=b"s", header=live.header(), image=b"i", reply_to=""
+                    )
+                    for live, _ in pairs[start : start + BATCH]
+                )
             )
         await self._emit(self.streams.source(MODEL, "live"), [live for live, _ in pairs])
         await self._emit(self.streams.candidate(MODEL, "candidate", digest), [answer for _, answer in pairs])
@@ -62,10 +67,12 @@ class Setup:
     async def _emit(source: FrameSource, answers: Sequence[Answer]) -> None:
         frames = await source.read(count=len(answers), block_ms=1000)
         assert len(frames) == len(answers)
-        emissions = [
-            Emission(frame.entry_id, answer.frame_id, answer.outcome(), answer.outcome(), header=answer.header())
-            for frame, answer in zip(frames, answers, strict=True)
-        ]
+        by_header = {answer.header(): answer for answer in answers}
+        emissions = []
+        for frame in frames:
+            answer = by_header[frame.header]
+            outcome = answer.outcome()
+            emissions.append(Emission(frame.entry_id, answer.frame_id, outcome, outcome, header=frame.header))
         assert all(await source.emit(emissions))
 
     async def ready(self) -> None:
