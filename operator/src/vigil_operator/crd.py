@@ -36,6 +36,9 @@ def structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str,
         # Defaults make required what the API server fills in; nothing else is asked for.
         required = [name for name in node.pop("required", ()) if "default" not in node["properties"][name]]
         node |= {"required": required} if required else {}
+        if "default" in node:
+            # The API server fills in the defaults of what is inside.
+            node["default"] = {}
     if "items" in node:
         node["items"] = structural(node["items"], definitions)
     if node.get("type") == "integer":

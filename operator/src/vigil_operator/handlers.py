@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RETRY_S = 2.0
 # So often a deletion tries to take the route out before it lets the resource go all the same.
 DELETE_TRIES = 10
-DELETE_DELAY_S = 2.0
+DELETE_DELAY_S = 1.0
 WATCHED: dict[str, Any] = {"app.kubernetes.io/managed-by": MANAGER, MODEL_LABEL: kopf.PRESENT}
 # What a failed version is not tried again for: it can't have failed by it.
 _HARMLESS = {"threshold", "replicas", "autoscaling", "suspend"}

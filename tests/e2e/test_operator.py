@@ -1,0 +1,271 @@
+"""The operator against a real API server: what a user sees with kubectl."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import re
+import signal
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_asyncio
+from vigil_operator.cluster import path_of
+
+from tests.e2e.cluster import programs
+from tests.e2e.cluster.light import LightCluster
+from tests.support.kube import API, Kube, kube
+from tests.support.kube_node import ended, report, waiting
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.skipif(
+        not programs.can_have("nodebox"), reason="needs Go, or a built API server named by VIGIL_KUBE_BIN"
+    ),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def everywhere(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kube]:
+    """One cluster and one operator for all tests, each in a namespace with a model of its own."""
+    with LightCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        async with kube(cluster, tmp_path_factory.mktemp("operator")) as running:
+            yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def world(everywhere: Kube, request: pytest.FixtureRequest) -> Kube:
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.removeprefix("test_").lower()).strip("-")
+    name = f"{words[:30]}{words[-10:]}".replace("--", "-")
+    own = dataclasses.replace(everywhere, namespace=name, model=f"m-{name}")
+    await own.kubectl("create", "namespace", name)
+    own.services.published[own.model] = [1, 2, 3]
+    return own
+
+
+async def _live_v1(world: Kube) -> None:
+    await world.apply("cells", 1)
+    await world.phase("cells", "Live")
+
+
+def _is_live(version: int, status: dict[str, Any]) -> bool:
+    return bool(status["live"]["version"] == version)
+
+
+async def test_a_better_version_is_promoted_by_its_gates_and_kubectl_reads_well(world: Kube) -> None:
+    started = time.monotonic()
+    await _live_v1(world)
+    created_s = asyncio.get_running_loop().time() - world.node.created[world.digest(1)]
+    print(f"apply to Live {time.monotonic() - started:.2f} s, of it after the Deployment {created_s:.2f} s")
+    assert await world.live() == 1
+    await world.kubectl("wait", "--for=condition=Promoted", "anomalymodel/cells", "--timeout=20s")
+
+    world.compare(2, report(frames=20, flips=0))
+    await world.apply("cells", 2)
+    await world.phase("cells", "Shadowing")
+    await world.until("cells", lambda status: status["shadow"]["frames"] == 20, "compared")
+    table = await world.kubectl("get", "am")
+    print(table)
+    assert table.split("\n")[0].split() == ["NAME", "PHASE", "LIVE", "CANDIDATE", "COMPARED", "FLIPS", "READY", "AGE"]
+    assert table.split("\n")[1].split()[:7] == ["cells", "Shadowing", "1", "2", "20", "0", "True"]
+    assert await world.live() == 1
+
+    world.compare(2, report())
+    passed = time.monotonic()
+    await world.kubectl("wait", "--for=condition=Promoted", "anomalymodel/cells", "--timeout=20s")
+    while await world.live() != 2:
+        await asyncio.sleep(0.01)
+    assert time.monotonic() - passed < 3
+    status = await world.phase("cells", "Live")
+    assert [(entry["version"], entry["outcome"]) for entry in status["history"]] == [(2, "Promoted"), (1, "Promoted")]
+    events = await world.kubectl("get", "events", "-o", "jsonpath={range .items[*]}{.reason} {end}")
+    assert {"Verifying", "Shadowing", "Promoting", "Promoted"} <= set(events.split())
+    assert "gates" in await world.kubectl("explain", "anomalymodel.spec.rollout")
+    assert "Frames with another label" in await world.kubectl("explain", "anomalymodel.spec.rollout.gates")
+
+
+@pytest.mark.parametrize(
+    ("container", "reason"),
+    [
+        (ended("OOMKilled", restarts=2), "OutOfMemory"),
+        (
+            ended(
+                "Error",
+                json.dumps(
+                    {
+                        "event": "failed",
+                        "reason": "PARITY_FAILED",
+                        "status": "INVALID_ARGUMENT",
+                        "detail": "3 of 8 parity samples came out otherwise",
+                    }
+                ),
+            ),
+            "ParityFailed",
+        ),
+        (ended("Error", "Traceback: boom", restarts=3), "CrashLoop"),
+        (waiting("ImagePullBackOff", "manifest unknown"), "ImagePullFailed"),
+    ],
+    ids=["oom", "parity", "crash", "image"],
+)
+async def test_a_broken_version_fails_with_its_reason_and_live_stays(
+    world: Kube, container: dict[str, object], reason: str
+) -> None:
+    await _live_v1(world)
+    world.node.broken[world.digest(2)] = container
+    await world.apply("cells", 2, rollout={"verifyTimeout": "2s"})
+    status = await world.phase("cells", "Failed")
+    assert status["lastFailure"]["reason"] == reason
+    assert status["live"]["version"] == 1
+    assert await world.live() == 1
+    told = await world.kubectl("get", "am", "cells", "-o", "jsonpath={.status.conditions[?(@.type=='Promoted')]}")
+    assert json.loads(told)["reason"] == reason
+    while len(await world.deployments()) != 1:
+        await asyncio.sleep(0.05)
+
+
+async def test_what_pods_say_of_themselves_counts(world: Kube) -> None:
+    await _live_v1(world)
+    world.node.says[world.digest(2)] = world.digest(9)
+    await world.apply("cells", 2)
+    status = await world.phase("cells", "Failed")
+    assert status["lastFailure"]["reason"] == "DigestMismatch"
+    world.node.parity_failed.add(world.digest(3))
+    await world.apply("cells", 3)
+    status = await world.until("cells", lambda found: found["lastFailure"]["version"] == 3, "failed by 3")
+    assert status["lastFailure"]["reason"] == "ParityFailed"
+    assert await world.live() == 1
+
+
+async def test_one_command_rolls_back(world: Kube) -> None:
+    await _live_v1(world)
+    world.compare(2, report())
+    await world.apply("cells", 2)
+    await world.until("cells", lambda status: status["live"]["version"] == 2, "live with 2")
+    await world.phase("cells", "Live")
+    await world.kubectl("annotate", "am/cells", f"vigil.dev/request=rollback {world.digest(2)} one")
+    status = await world.phase("cells", "Held")
+    assert status["live"]["version"] == 1
+    assert await world.live() == 1
+
+
+async def test_drift_is_put_right(world: Kube) -> None:
+    await _live_v1(world)
+    (name,) = await world.deployments()
+    await world.kubectl("delete", "deployment", name, "--wait=false")
+    deadline = time.monotonic() + 20
+    while name not in await world.deployments():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    await world.until("cells", lambda status: status["live"]["readyReplicas"] == 1, "ready again")
+    await world.kubectl("set", "image", f"deployment/{name}", "inference=somebody/elses:1")
+    while "somebody" in await world.kubectl("get", "deployment", name, "-o", "jsonpath={..image}"):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
+async def test_an_operator_killed_at_any_moment_goes_on(world: Kube) -> None:
+    world.compare(2, report())
+    await world.apply("cells", 1)
+    for version in (1, 2):
+        if version == 2:
+            await world.apply("cells", 2)
+        for _ in range(4):
+            await asyncio.sleep(0.3)
+            world.operator.end(signal.SIGKILL)
+            world.operator.start()
+        await world.until("cells", partial(_is_live, version), f"live with {version}")
+        await world.phase("cells", "Live")
+        assert await world.live() == version
+
+
+async def test_deletion_never_hangs_and_takes_the_route_out(world: Kube) -> None:
+    await _live_v1(world)
+    await world.kubectl("delete", "am", "cells", "--wait=false")
+    await world.gone("cells")
+    assert await world.live() is None
+    await _live_v1(world)
+    world.valkey.kill()
+    await world.kubectl("delete", "am", "cells", "--wait=false")
+    await world.gone("cells")
+    world.valkey.start()
+    events = await world.kubectl("get", "events", "-o", "jsonpath={range .items[*]}{.reason} {end}")
+    assert "RouteLeft" in events
+
+
+async def test_redis_away_is_named_and_the_rollout_goes_on_afterwards(world: Kube) -> None:
+    await _live_v1(world)
+    world.valkey.kill()
+    world.compare(2, report())
+    await world.apply("cells", 2)
+
+    def synced(status: dict[str, object], reason: str) -> bool:
+        conditions: list[dict[str, str]] = status["conditions"]  # type: ignore[assignment]
+        return any(c["type"] == "Synced" and c["reason"] == reason for c in conditions)
+
+    status = await world.until("cells", lambda found: synced(found, "RoutingUnavailable"), "told of Redis")
+    assert status["live"]["version"] == 1
+    world.valkey.start()
+    await world.until("cells", lambda found: found["live"]["version"] == 2, "live with 2")
+    await world.until("cells", lambda found: synced(found, "Synced"), "in sync")
+
+
+async def test_the_second_resource_for_a_model_waits_for_the_first(world: Kube) -> None:
+    await _live_v1(world)
+    await asyncio.sleep(1.0)  # creation times have whole seconds
+    await world.apply("other", 2)
+    status = await world.until("other", lambda found: found["conditions"], "explained")
+    synced = next(condition for condition in status["conditions"] if condition["type"] == "Synced")
+    assert synced["reason"] == "ModelTaken"
+    assert await world.live() == 1
+    await world.kubectl("delete", "am", "cells", "--wait=false")
+    await world.gone("cells")
+    await world.until("other", lambda found: found["live"]["version"] == 2, "live with 2")
+
+
+NONSENSE: list[tuple[dict[str, object], str]] = [
+    ({"source": {"model": "cells"}}, "give either version or digest"),
+    ({"source": {"model": "cells", "version": 1.10}}, "must be of type string"),
+    ({"source": {"model": "cells", "version": "v1"}}, "should match"),
+    ({"source": {"model": "cells", "version": "1"}, "replicas": 0}, "greater than or equal to 1"),
+    (
+        {"source": {"model": "cells", "version": "1"}, "rollout": {"gates": {"maxFlipFraction": 2}}},
+        "less than or equal to 1",
+    ),
+    ({"source": {"model": "cells", "version": "1"}, "rollout": {"timeout": "soon"}}, "should match"),
+    (
+        {"source": {"model": "cells", "version": "1"}, "autoscaling": {"min": 4, "max": 2}},
+        "min must not be over max",
+    ),
+    ({"source": {"model": "cells", "version": "1"}, "strategy": "YOLO"}, "unknown field"),
+]
+
+
+async def test_what_makes_no_sense_is_refused_at_once_with_a_sentence(world: Kube) -> None:
+    for spec, says in NONSENSE:
+        body = {"apiVersion": API, "kind": "AnomalyModel", "metadata": {"name": "bad"}, "spec": spec}
+        said = await world.kubectl("apply", "-f", "-", stdin=json.dumps(body), check=False)
+        assert says in said, said
+
+
+async def test_the_model_of_a_resource_can_not_be_changed(world: Kube) -> None:
+    await _live_v1(world)
+    patch = json.dumps({"spec": {"source": {"model": "bottles"}}})
+    said = await world.kubectl("patch", "am", "cells", "--type=merge", "-p", patch, check=False)
+    assert "can't be changed" in said
+
+
+async def test_scaling_by_kubectl_reaches_the_workers(world: Kube) -> None:
+    await _live_v1(world)
+    await world.kubectl("scale", "am/cells", "--replicas=3")
+    status = await world.until("cells", lambda found: found["live"]["readyReplicas"] == 3, "scaled")
+    assert status["replicas"] == 3
+    kinds = ("ServiceAccount", "ConfigMap", "Service")
+    found = [await world.api.list("v1", kind, world.namespace) for kind in kinds]
+    assert ["vigil-cells" in [body["metadata"]["name"] for body in bodies] for bodies in found] == [True] * 3
+    assert path_of("networking.k8s.io/v1", "NetworkPolicy", "a", "b").endswith("/a/networkpolicies/b")
