@@ -16,9 +16,11 @@ from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.ports import FrameFilter, Record, Written
+from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import QueuedFrame, QueuedOutcome
 from vigil_storage import convert, domain
 from vigil_storage.app import Storage
+from vigil_storage.reviews import Reviews
 from vigil_storage.servicer import FrameServicer
 from vigil_storage.writer import FrameWriter, WriterOptions
 
@@ -277,12 +279,16 @@ async def app(tmp_path: Path, store: Troubled) -> AsyncIterator[Storage]:
     await models.close()
 
 
+def reviews_of(store: Troubled) -> Reviews:
+    return Reviews(store, store, MemoryStreams().reviews)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 async def test_pages_give_every_frame_once_by_time(app: Storage, store: Troubled, size: int) -> None:
     # Several cameras at the very same time, where pages like to break.
     frames = [queued(n, camera=f"cam{n % 5}", at=T0 + n // 5) for n in range(20)]
     await store.write([convert.record_of("cells", outcome) for outcome in frames])
-    servicer, token, seen = FrameServicer(app), "", []
+    servicer, token, seen = FrameServicer(app, reviews_of(store)), "", []
     while True:
         request = storage_pb2.QueryRequest(model="cells", page_size=size, page_token=token)
         response = await servicer.Query(request, None)
@@ -296,7 +302,7 @@ async def test_pages_give_every_frame_once_by_time(app: Storage, store: Troubled
 
 async def test_queries_filter_and_frames_come_back_as_they_were(app: Storage, store: Troubled) -> None:
     await store.write([convert.record_of("cells", queued(n, labels={"line": "a,b"}, failed=n == 4)) for n in range(10)])
-    servicer = FrameServicer(app)
+    servicer = FrameServicer(app, reviews_of(store))
 
     async def found(**fields: Any) -> list[str]:
         response = await servicer.Query(storage_pb2.QueryRequest(model="cells", **fields), None)

@@ -12,11 +12,13 @@ from vigil_common.access import Role
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
-from vigil_common.store.open import open_stores
+from vigil_common.store.open import open_annotations, open_stores
 from vigil_common.streams.redis import RedisStreams
 
 from vigil_storage import depths
+from vigil_storage.annotations import AnnotationKeeper
 from vigil_storage.app import Storage
+from vigil_storage.reviews import Reviews
 from vigil_storage.servicer import FrameServicer, ModelServicer
 from vigil_storage.writer import WriterOptions, Writers
 
@@ -40,14 +42,15 @@ RETRY_S = 1.0
 log = get_logger()
 
 
-async def _stores(settings: Settings, stop: asyncio.Event) -> tuple[FrameStore, ModelStore] | None:
+async def _stores(settings: Settings, stop: asyncio.Event) -> tuple[FrameStore, ModelStore, FrameStore] | None:
     """Wait for the stores; None where the process is stopped before they come."""
     token = None
     if settings.store_token_file is not None:
         token = (await asyncio.to_thread(settings.store_token_file.read_text)).strip()
     while not stop.is_set():
         try:
-            return await open_stores(settings.store_url, token)
+            frames, models = await open_stores(settings.store_url, token)
+            return frames, models, await open_annotations(settings.store_url, token)
         except Unavailable as error:
             log.warning("store_unavailable", message=error.message)
             with suppress(TimeoutError):
@@ -60,18 +63,29 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     stores = await _stores(settings, stop)
     if stores is None:
         return
-    frames, models = stores
+    frames, models, annotations = stores
     streams = await RedisStreams.connect(settings.redis_url, security=settings)
     app = Storage(frames, models)
+    reviews = Reviews(frames, annotations, streams.reviews)
     handle = create_server(settings.storage_bind, access=ACCESS, security=settings)
-    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app), handle.server)
+    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
     consumer = uuid.uuid4().hex
     options = WriterOptions(
         batch_size=settings.batch_size, flush_ms=settings.flush_ms, confirm_after_s=settings.confirm_after_s
     )
+
+    def keeper(model: str) -> AnnotationKeeper:
+        log_of, confirm_after_s = streams.reviews, settings.confirm_after_s
+        return AnnotationKeeper(model, log_of, annotations, frames, confirm_after_s=confirm_after_s)
+
     writers = Writers(
-        streams.routing, lambda model: streams.outcomes(model, consumer), frames, options, streams.comparisons
+        streams.routing,
+        lambda model: streams.outcomes(model, consumer),
+        frames,
+        options,
+        streams.comparisons,
+        keeper=keeper,
     )
     writing = asyncio.create_task(writers.run(stop))
     measuring = asyncio.create_task(depths.run(streams.queue, streams.routing, stop))
@@ -81,6 +95,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     await stop.wait()
     await handle.drain(settings.drain_s)
     await asyncio.gather(writing, measuring)
-    for part in (streams, frames, models):
+    for part in (streams, frames, models, annotations):
         await part.close()
     log.info("drained")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -14,13 +15,26 @@ from vigil_common.store import labels as gate
 from vigil_common.store.ports import FrameFilter, Record
 
 from vigil_storage import domain
+from vigil_storage.reviews import Remark
 
 if TYPE_CHECKING:
     from google.rpc.status_pb2 import Status
     from vigil_common.store.ports import ModelInfo, StoredRecord
     from vigil_common.streams.ports import QueuedOutcome
 
-LABELS = {types_pb2.LABEL_NORMAL: "normal", types_pb2.LABEL_ANOMALOUS: "anomalous"}
+    from vigil_storage.annotations import Annotation
+
+LABELS = {
+    types_pb2.LABEL_NORMAL: "normal",
+    types_pb2.LABEL_ANOMALOUS: "anomalous",
+    types_pb2.LABEL_UNSURE: "unsure",
+}
+LABEL_VALUES = {name: value for value, name in LABELS.items()}
+REASONS = {
+    "disagreement": storage_pb2.REVIEW_REASON_DISAGREEMENT,
+    "uncertain": storage_pb2.REVIEW_REASON_UNCERTAIN,
+    "random": storage_pb2.REVIEW_REASON_RANDOM,
+}
 
 
 def to_us(time: Timestamp) -> int:
@@ -128,18 +142,39 @@ def stored_frame(record: StoredRecord) -> storage_pb2.StoredFrame:
             )
         )
         frame.verdict.timing.total.FromMicroseconds(number("latency_us"))
+    if "human" in labels:
+        frame.annotation.CopyFrom(
+            storage_pb2.Annotation(
+                annotation_id=labels.get("annotation", ""),
+                label=LABEL_VALUES.get(labels["human"], types_pb2.LABEL_UNSPECIFIED),
+                author=labels.get("human_by", ""),
+                annotated_at=from_us(number("human_at_us")),
+                masked=labels.get("human_mask") == "true",
+            )
+        )
     return frame
+
+
+def entry_filter(model: str, camera: str) -> FrameFilter:
+    """All frames of a model and camera; `InvalidInput` for a name that can't be one."""
+    if not gate.ENTRY.fullmatch(f"{model}/{camera or 'any'}"):
+        raise InvalidInput("NAME_INVALID", f"{model!r} and {camera!r} name no model and camera")
+    return FrameFilter([f"{model}/{camera or '*'}"])
+
+
+def _range(start: Timestamp | None, stop: Timestamp | None) -> tuple[int | None, int | None]:
+    start_us = to_us(start) if start is not None else None
+    stop_us = to_us(stop) if stop is not None else None
+    if start_us is not None and stop_us is not None and stop_us < start_us:
+        raise InvalidInput("RANGE_INVALID", "the end lies before the beginning")
+    return start_us, stop_us
 
 
 def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:
     """What a query asks for; `InvalidInput` for a name that can't be one."""
-    entry = f"{request.model}/{request.camera or 'any'}"
-    if not gate.ENTRY.fullmatch(entry):
-        raise InvalidInput("NAME_INVALID", f"{request.model!r} and {request.camera!r} name no model and camera")
-    start = to_us(request.start) if request.HasField("start") else None
-    stop = to_us(request.stop) if request.HasField("stop") else None
-    if start is not None and stop is not None and stop < start:
-        raise InvalidInput("RANGE_INVALID", "stop lies before start")
+    start_us, stop_us = _range(
+        request.start if request.HasField("start") else None, request.stop if request.HasField("stop") else None
+    )
     equals: dict[str, str] = {}
     if request.version:
         equals["version"] = str(request.version)
@@ -147,14 +182,62 @@ def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:
         equals["label"] = LABELS[request.label]
     if request.failed:
         equals["outcome"] = "failed"
-    return FrameFilter(
-        entries=[f"{request.model}/{request.camera or '*'}"],
-        start_us=start,
-        stop_us=stop,
+    if request.human_label in LABELS:
+        equals["human"] = LABELS[request.human_label]
+    if request.HasField("disagreement"):
+        equals["agree"] = "false" if request.disagreement else "true"
+    reviewed = request.reviewed if request.HasField("reviewed") else None
+    return replace(
+        entry_filter(request.model, request.camera),
+        start_us=start_us,
+        stop_us=stop_us,
         equals=equals,
+        present=("human",) if reviewed else (),
+        absent=("human",) if reviewed is False else (),
         min_score=request.min_score if request.HasField("min_score") else None,
         max_score=request.max_score if request.HasField("max_score") else None,
     )
+
+
+def export_filter(request: storage_pb2.ExportRequest) -> FrameFilter:
+    """What an export takes."""
+    start_us, stop_us = _range(
+        request.since if request.HasField("since") else None, request.until if request.HasField("until") else None
+    )
+    return replace(entry_filter(request.model, request.camera), start_us=start_us, stop_us=stop_us)
+
+
+def remark_of(request: storage_pb2.AnnotateRequest) -> Remark:
+    """What a person wants to say; `InvalidInput` without a label."""
+    if request.label not in LABELS:
+        raise InvalidInput("LABEL_MISSING", "say normal, anomalous or unsure")
+    return Remark(
+        model=request.model,
+        frame_id=request.frame_id,
+        camera=request.camera,
+        label=LABELS[request.label],
+        mask=request.mask,
+        note=request.note,
+        author=request.author,
+        annotation_id=request.annotation_id,
+    )
+
+
+def annotation(said: Annotation) -> storage_pb2.Annotation:
+    """What was said, as the API shows it."""
+    return storage_pb2.Annotation(
+        annotation_id=said.annotation_id,
+        label=LABEL_VALUES[said.label],
+        author=said.author,
+        annotated_at=from_us(said.annotated_at_us),
+        note=said.note,
+        masked=bool(said.mask_sha256),
+    )
+
+
+def review_item(record: StoredRecord, reason: str) -> storage_pb2.ReviewItem:
+    """A frame to look at, and why."""
+    return storage_pb2.ReviewItem(frame=stored_frame(record), reason=REASONS[reason])
 
 
 def model_of(info: ModelInfo) -> storage_pb2.Model:

@@ -22,7 +22,7 @@ RESERVED = frozenset(
         *("traceparent", "outcome", "reason", "version", "digest", "score", "label", "anomalous", "threshold"),
         *("latency_us", "reused_frame_id", "labels_refused"),
         *("candidate_version", "candidate_digest", "candidate_score", "candidate_label", "candidate_threshold"),
-        "agree",
+        *("agree", "annotation", "human", "human_by", "human_at_us", "human_mask", "human_order"),
     )
 )
 MAX_NAME_LENGTH = 64

@@ -13,6 +13,8 @@ WRITE_SECONDS = Histogram("vigil_storage_write_seconds", "One batch, retries inc
 # result: labelled, no_frame (never stored, or dropped by retention), refused
 COMPARISONS = Counter("vigil_storage_comparisons_total", "Comparisons by what became of them", ["model", "result"])
 
+ANNOTATIONS = Counter("vigil_storage_annotations_total", "What people said and is known to be kept", ["model"])
+
 # Of each model's queue in Redis; every replica tells the same.
 QUEUE_FRAMES = Gauge("vigil_queue_frames", "Frames in the queue", ["model"])
 QUEUE_BYTES = Gauge("vigil_queue_image_bytes", "Their bytes, of the queue's budget", ["model"])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from vigil_common.store.ports import FrameStore
     from vigil_common.streams.ports import ComparisonSource, OutcomeSource, QueuedOutcome, RoutingTable
 
+    from vigil_storage.annotations import AnnotationKeeper
+
 READ_BLOCK_MS = 250
 SETTLE_EVERY_S = 0.2
 DISCOVER_EVERY_S = 1.0
@@ -291,9 +293,12 @@ class Writers:
         store: FrameStore,
         options: WriterOptions,
         comparisons: Callable[[str], ComparisonSource],
+        *,
+        keeper: Callable[[str], AnnotationKeeper],
     ) -> None:
         self._routing = routing
         self._comparisons = comparisons
+        self._keeper = keeper
         self._outcomes = outcomes
         self._store = store
         self._options = options
@@ -327,7 +332,10 @@ class Writers:
             comparisons, confirm_after_s = self._comparisons(model), self._options.confirm_after_s
             return ComparisonLabeller(model, comparisons, self._store, confirm_after_s=confirm_after_s).run()
 
-        return FrameWriter(model, self._outcomes(model), self._store, self._options, beside=[compare])
+        def keep() -> Coroutine[None, None, None]:
+            return self._keeper(model).run()
+
+        return FrameWriter(model, self._outcomes(model), self._store, self._options, beside=[compare, keep])
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:

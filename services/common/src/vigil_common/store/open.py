@@ -36,4 +36,22 @@ async def open_stores(url: str, token: str | None) -> tuple[FrameStore, ModelSto
 
         folder = Path(unquote(parts.path))
         return await EmbeddedFrameStore.open(folder), await EmbeddedModelStore.open(folder)
-    raise InvalidInput("STORE_URL_INVALID", f"{url!r} is no store: http(s)://HOST:PORT or file:///FOLDER")
+    raise _unknown(url)
+
+
+async def open_annotations(url: str, token: str | None) -> FrameStore:
+    """Open the store of what people said, apart from the frames: nothing there is ever dropped; see `open_stores`."""
+    parts = urlsplit(url)
+    if parts.scheme in ("http", "https"):
+        from vigil_common.store.reduct import ReductFrameStore  # noqa: PLC0415
+
+        return await ReductFrameStore.open(url, token, bucket="vigil-annotations")
+    if parts.scheme == "file":
+        from vigil_common.store.embedded import EmbeddedFrameStore  # noqa: PLC0415
+
+        return await EmbeddedFrameStore.open(Path(unquote(parts.path)) / "annotations")
+    raise _unknown(url)
+
+
+def _unknown(url: str) -> InvalidInput:
+    return InvalidInput("STORE_URL_INVALID", f"{url!r} is no store: http(s)://HOST:PORT or file:///FOLDER")

@@ -1,0 +1,260 @@
+"""What people say of frames: as append-only records that are the truth, and as labels of the image's record.
+
+Both stand in the store of annotations: the mask and what was said (JSON), at the image's own time or the next free
+microseconds. The labels of the image's record only repeat what stands now, so that queries find it. Only the model's
+owner writes them, in the order of the log; a record is forgotten by the log once it and its labels are found again
+`confirm_after_s` later, in the same life of the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from vigil_common.errors import NotFound, Unavailable
+from vigil_common.logging import get_logger
+from vigil_common.store.ports import FrameFilter, Labelling, Record, Written
+
+from vigil_storage import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vigil_common.store.ports import FrameStore, StoredRecord
+    from vigil_common.streams.ports import QueuedAnnotation, ReviewLog
+
+BATCH = 32
+READ_BLOCK_MS = 250
+MAX_IN_HAND = 256
+UNAVAILABLE_S = 1.0
+# A frame may be on its way back into a store that lost it; after this long, retention has dropped it.
+GIVE_UP_S = 60.0
+# How far behind the image's time its annotations may stand.
+WINDOW_US = 10_000
+
+log = get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What one person said of one frame.
+
+    Attributes:
+        annotation_id: Its own id.
+        frame_id: Of the frame.
+        entry: "MODEL/CAMERA" of the frame.
+        frame_at_us: Where the frame's record stands.
+        label: "normal", "anomalous" or "unsure".
+        author: Who said so.
+        note: Free text.
+        annotated_at_us: When.
+        mask_sha256: Of the mask; empty where there is none.
+    """
+
+    annotation_id: str
+    frame_id: str
+    entry: str
+    frame_at_us: int
+    label: str
+    author: str
+    note: str
+    annotated_at_us: int
+    mask_sha256: str = ""
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode()
+
+    @classmethod
+    def decode(cls, body: bytes) -> Annotation:
+        """Of what `encode` made."""
+        return cls(**json.loads(body))
+
+
+def order_of(place: str) -> tuple[int, int]:
+    """A place in the log, so that a later one is greater."""
+    milliseconds, _, number = place.partition("-")
+    return int(milliseconds), int(number or 0)
+
+
+def labels_of(annotation: Annotation, place: str) -> dict[str, str]:
+    """Labels of the image's record while the annotation stands."""
+    return {
+        "annotation": annotation.annotation_id,
+        "human": annotation.label,
+        "human_by": annotation.author,
+        "human_at_us": str(annotation.annotated_at_us),
+        "human_mask": "true" if annotation.mask_sha256 else "false",
+        "human_order": place,
+    }
+
+
+def records_of(annotation: Annotation, place: str, mask: bytes) -> list[Record]:
+    """What is kept for good: the mask first, so that nothing said points at a mask that is not there."""
+    body = annotation.encode()
+    common = {"annotates": annotation.frame_id, "human": annotation.label, "human_by": annotation.author}
+    said = {
+        **common,
+        "frame_id": annotation.annotation_id,
+        "sha256": hashlib.sha256(body).hexdigest(),
+        "kind": "annotation",
+        "human_order": place,
+    }
+    records = [Record(annotation.entry, annotation.frame_at_us, said, body, "application/json")]
+    if mask:
+        drawn = {
+            **common,
+            "frame_id": f"{annotation.annotation_id}.mask",
+            "sha256": annotation.mask_sha256,
+            "kind": "mask",
+        }
+        records.insert(0, Record(annotation.entry, annotation.frame_at_us, drawn, mask, "image/png"))
+    return records
+
+
+async def record_at(store: FrameStore, entry: str, timestamp_us: int) -> StoredRecord | None:
+    """The record that stands exactly there."""
+    where = FrameFilter([entry], start_us=timestamp_us, stop_us=timestamp_us + 1)
+    async for record in store.query(where, limit=1):
+        return record
+    return None
+
+
+async def records_about(store: FrameStore, frame: StoredRecord) -> list[StoredRecord]:
+    """Annotations and masks of a frame, by the time they were said."""
+    at = frame.timestamp_us
+    where = FrameFilter(
+        [frame.entry], start_us=at, stop_us=at + WINDOW_US, equals={"annotates": frame.labels["frame_id"]}
+    )
+    return [record async for record in store.query(where, limit=WINDOW_US)]
+
+
+@dataclass(slots=True, eq=False)
+class _InHand:
+    queued: QueuedAnnotation
+    annotation: Annotation
+    since: float
+    written: dict[int, str] = field(default_factory=dict)
+    labelled: bool = False
+    due: float = 0.0
+
+
+class AnnotationKeeper:
+    """Keeps what people say of one model's frames; a fresh one for each time of being the owner.
+
+    Args:
+        model: The model's name.
+        source: Where people's words wait.
+        annotations: Where they are kept.
+        frames: Whose labels repeat them.
+        confirm_after_s: How long after a write it is looked for.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        source: ReviewLog,
+        annotations: FrameStore,
+        frames: FrameStore,
+        *,
+        confirm_after_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._annotations = annotations
+        self._frames = frames
+        self._confirm_after_s = confirm_after_s
+        self._clock = clock
+        self._after = "0"
+        self._in_hand: list[_InHand] = []
+
+    async def run(self) -> None:
+        """Keep until cancelled, first what an earlier owner left."""
+        while True:
+            try:
+                await self._collect()
+                await self._apply([one for one in self._in_hand if not one.labelled])
+                await self._confirm()
+            except Unavailable as error:
+                log.warning("annotations_wait", model=self._model, reason=error.reason, message=error.message)
+                await asyncio.sleep(UNAVAILABLE_S)
+
+    async def _collect(self) -> None:
+        if len(self._in_hand) >= MAX_IN_HAND:
+            await asyncio.sleep(READ_BLOCK_MS / 1000)
+            return
+        for queued in await self._source.read(self._model, self._after, count=BATCH, block_ms=READ_BLOCK_MS):
+            self._after = queued.place
+            self._in_hand.append(_InHand(queued, Annotation.decode(queued.body), since=self._clock()))
+
+    async def _apply(self, todo: Sequence[_InHand]) -> None:
+        """Write, then label, each in the order of the log."""
+        for one in todo:
+            said, place = one.annotation, one.queued.place
+            if not one.written:
+                for record in records_of(said, place, one.queued.mask):
+                    (result,) = await self._annotations.write([record])
+                    if isinstance(result, Unavailable):
+                        raise result
+                    if isinstance(result, Written):
+                        one.written[result.timestamp_us] = record.labels["sha256"]
+                    else:
+                        log.error("annotation_refused", annotation_id=said.annotation_id, message=str(result))
+                one.due = self._clock() + self._confirm_after_s
+            one.labelled = await self._label(one)
+        gone = [one for one in todo if not one.labelled and self._clock() - one.since > GIVE_UP_S]
+        if gone:
+            log.warning("annotations_without_frame", model=self._model, count=len(gone))
+            for one in gone:
+                one.labelled = True
+
+    async def _label(self, one: _InHand) -> bool:
+        """Let the frame's labels say it, unless they say something later."""
+        said, place = one.annotation, one.queued.place
+        if await self._stands(one):
+            return True
+        change = Labelling(said.entry, said.frame_at_us, labels_of(said, place))
+        (error,) = await self._frames.label([change])
+        if isinstance(error, Unavailable):
+            raise error
+        if error is not None and not isinstance(error, NotFound):
+            log.error("annotation_label_refused", annotation_id=said.annotation_id, reason=error.reason)
+        return error is None
+
+    async def _stands(self, one: _InHand) -> bool:
+        """Whether the frame's labels say this, or something said later."""
+        frame = await record_at(self._frames, one.annotation.entry, one.annotation.frame_at_us)
+        if frame is None or frame.labels["frame_id"] != one.annotation.frame_id:
+            return False
+        return order_of(frame.labels.get("human_order", "0")) >= order_of(one.queued.place)
+
+    async def _confirm(self) -> None:
+        """Forget what stands; what vanished is written again."""
+        now = self._clock()
+        due = [one for one in self._in_hand if one.labelled and one.due <= now]
+        if not due:
+            return
+        uptime_s = await self._annotations.uptime_s()
+        if uptime_s < self._confirm_after_s:
+            return
+        kept: list[_InHand] = []
+        for one in due:
+            found = await self._annotations.confirm(one.annotation.entry, one.written)
+            frame_gone = now - one.since > GIVE_UP_S
+            if found == one.written.keys() and (frame_gone or await self._stands(one)):
+                kept.append(one)
+            else:
+                one.written, one.labelled = {}, False
+        if await self._annotations.uptime_s() < uptime_s:
+            return  # a new life of the server: what was found may still be lost
+        if len(kept) < len(due):
+            log.warning("annotations_vanished", model=self._model, count=len(due) - len(kept))
+        await self._source.done(self._model, [one.queued for one in kept])
+        metrics.ANNOTATIONS.labels(self._model).inc(len(kept))
+        self._in_hand = [one for one in self._in_hand if one not in kept]

@@ -1,0 +1,346 @@
+"""What people say of frames: kept, in order, found again; what they get to look at."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import random
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+from vigil.storage.v1 import storage_pb2
+from vigil.types.v1 import types_pb2
+from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
+from vigil_common.store.embedded import EmbeddedFrameStore
+from vigil_common.store.ports import Labelling, Record
+from vigil_common.store.reduct import ReductFrameStore
+from vigil_common.streams.memory import MemoryStreams
+from vigil_storage import masks
+from vigil_storage.annotations import AnnotationKeeper, order_of
+from vigil_storage.app import Storage
+from vigil_storage.reviews import Reviews, pick
+from vigil_storage.servicer import FrameServicer
+
+from tests.support.reduct import ReductServer, find_binary, reduct_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from vigil_common.store.ports import FrameStore
+
+M = "cells"
+T0 = 1_750_000_000_000_000
+WIDTH, HEIGHT = 8, 6
+NORMAL, ANOMALOUS, UNSURE = types_pb2.LABEL_NORMAL, types_pb2.LABEL_ANOMALOUS, types_pb2.LABEL_UNSURE
+
+
+def frame(number: int, *, score: float = 0.1, camera: str = "cam1", **labels: str) -> Record:
+    image = f"image {number}".encode()
+    known = {
+        "frame_id": f"f{number}",
+        "sha256": hashlib.sha256(image).hexdigest(),
+        "model": M,
+        "camera": camera,
+        "captured_at_us": str(T0 + number),
+        "width": str(WIDTH),
+        "height": str(HEIGHT),
+        "outcome": "judged",
+        "score": repr(score),
+        "threshold": "0.5",
+        "label": "anomalous" if score >= 0.5 else "normal",
+        "version": "1",
+    }
+    return Record(f"{M}/{camera}", T0 + number * 100_000, {**known, **labels}, image, "image/png")
+
+
+def drawn(*, size: tuple[int, int] = (WIDTH, HEIGHT), mode: str = "L", kind: str = "PNG", empty: bool = False) -> bytes:
+    image = Image.new(mode, size)
+    if not empty:
+        image.paste("white", (1, 1, 4, 3))
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+class Bench:
+    """The service over two stores, with the owner's part running."""
+
+    def __init__(self, frames: FrameStore, annotations: FrameStore, streams: MemoryStreams) -> None:
+        self.frames = frames
+        self.annotations = annotations
+        self.log = streams.reviews
+        chance = random.Random(1)
+        reviews = Reviews(frames, annotations, streams.reviews, now_us=lambda: T0 + 10**9, chance=chance)
+        self.api = FrameServicer(Storage(frames, None), reviews)  # type: ignore[arg-type]
+
+    async def annotate(self, frame_id: str, label: Any = ANOMALOUS, **more: Any) -> storage_pb2.AnnotateResponse:
+        fields = {"model": M, "frame_id": frame_id, "label": label, "author": "Ann", **more}
+        return await self.api.Annotate(storage_pb2.AnnotateRequest(**fields), None)
+
+    async def get(self, frame_id: str) -> storage_pb2.GetResponse:
+        return await self.api.Get(storage_pb2.GetRequest(model=M, frame_id=frame_id), None)
+
+    async def queue(self, reviewer: str = "Ann", **more: Any) -> list[tuple[str, str]]:
+        request = storage_pb2.ReviewQueueRequest(model=M, reviewer=reviewer, **more)
+        found = await self.api.ReviewQueue(request, None)
+        names = storage_pb2.ReviewReason.Name
+        return [(one.frame.header.frame_id, names(one.reason).rpartition("_")[2]) for one in found.items]
+
+    async def query(self, **more: Any) -> list[str]:
+        found = await self.api.Query(storage_pb2.QueryRequest(model=M, **more), None)
+        return [one.header.frame_id for one in found.frames]
+
+    @asynccontextmanager
+    async def owning(self) -> AsyncIterator[None]:
+        keeper = AnnotationKeeper(M, self.log, self.annotations, self.frames, confirm_after_s=0.05)
+        task = asyncio.create_task(keeper.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def all_kept(self, deadline_s: float = 10) -> None:
+        async with asyncio.timeout(deadline_s):
+            while await self.log.read(M, "0", count=1, block_ms=0):
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    frames = await EmbeddedFrameStore.open(tmp_path)
+    annotations = await EmbeddedFrameStore.open(tmp_path / "annotations")
+    yield Bench(frames, annotations, MemoryStreams())
+    await frames.close()
+    await annotations.close()
+
+
+async def test_what_a_person_says_stands_on_the_frame_and_its_history_is_kept(bench: Bench) -> None:
+    await bench.frames.write([frame(1), frame(2)])
+    async with bench.owning():
+        first = await bench.annotate("f1", mask=drawn(), note="a crack,\nupper left", author="Zoë")
+        second = await bench.annotate("f1", UNSURE, author="Bob")
+        await bench.all_kept()
+    assert first.applied
+    assert second.applied
+    found = await bench.get("f1")
+    assert [(a.label, a.author, a.note, a.masked) for a in found.annotations] == [
+        (ANOMALOUS, "Zoë", "a crack,\nupper left", True),
+        (UNSURE, "Bob", "", False),
+    ]
+    assert (found.frame.annotation.label, found.frame.annotation.author) == (UNSURE, "Bob")
+    assert found.mask == b""
+    assert not found.frame.header.labels
+    assert not (await bench.get("f2")).frame.HasField("annotation")
+
+
+async def test_the_mask_that_stands_comes_back_as_grey_zeros_and_255s(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    async with bench.owning():
+        await bench.annotate("f1", mask=drawn(mode="1"))
+    mask = Image.open(io.BytesIO((await bench.get("f1")).mask))
+    assert (mask.mode, mask.size, mask.getbbox(), set(mask.tobytes())) == (
+        "L",
+        (WIDTH, HEIGHT),
+        (1, 1, 4, 3),
+        {0, 255},
+    )
+
+
+async def test_two_people_at_once_are_both_kept_and_the_later_stands(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    async with bench.owning():
+        await asyncio.gather(
+            *(bench.annotate("f1", NORMAL if n % 2 else UNSURE, author=f"person {n}") for n in range(40))
+        )
+        await bench.all_kept()
+    found = await bench.get("f1")
+    assert {a.author for a in found.annotations} == {f"person {n}" for n in range(40)}
+    assert found.frame.annotation.author == found.annotations[-1].author
+    assert found.frame.annotation.label == found.annotations[-1].label
+
+
+async def test_the_same_annotation_again_is_one_and_its_id_is_no_other_s(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    async with bench.owning():
+        await bench.annotate("f1", annotation_id="a1", note="x")
+        await bench.annotate("f1", annotation_id="a1", note="x")
+        await bench.all_kept()
+        again = await bench.annotate("f1", annotation_id="a1", note="x")
+        with pytest.raises(Conflict, match="another annotation"):
+            await bench.annotate("f1", annotation_id="a1", note="y")
+    assert again.applied
+    assert len((await bench.get("f1")).annotations) == 1
+
+
+async def test_labels_that_were_lost_are_made_again_from_the_records(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    keeper = AnnotationKeeper(M, bench.log, bench.annotations, bench.frames, confirm_after_s=0.05)
+    task = asyncio.create_task(keeper.run())
+    await bench.annotate("f1", mask=drawn())
+    await bench.frames._db.execute("DELETE FROM frames")  # type: ignore[attr-defined]
+    await bench.frames.write([frame(1)])
+    await bench.all_kept()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await bench.get("f1")).frame.annotation.label == ANOMALOUS
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"mask": drawn(size=(6, 8))}, "MASK_SIZE_MISMATCH"),
+        ({"mask": drawn(mode="RGB")}, "MASK_MODE_INVALID"),
+        ({"mask": drawn(mode="RGBA")}, "MASK_MODE_INVALID"),
+        ({"mask": drawn(kind="BMP")}, "MASK_FORMAT_INVALID"),
+        ({"mask": drawn(empty=True)}, "MASK_EMPTY"),
+        ({"mask": b"GIF89a"}, "MASK_UNREADABLE"),
+        ({"mask": drawn()[:60]}, "MASK_UNREADABLE"),
+        ({"mask": b"x" * (masks.MAX_BYTES + 1)}, "MASK_TOO_LARGE"),
+        ({"mask": drawn(), "label": NORMAL}, "MASK_ON_NORMAL"),
+        ({"label": 0}, "LABEL_MISSING"),
+        ({"label": 9}, "LABEL_MISSING"),
+        ({"author": ""}, "PERSON_INVALID"),
+        ({"author": "two\nlines"}, "PERSON_INVALID"),
+        ({"author": "漢" * 40}, "PERSON_INVALID"),
+        ({"note": "x" * 2001}, "NOTE_TOO_LONG"),
+        ({"annotation_id": "../x"}, "ANNOTATION_ID_INVALID"),
+        ({"frame_id": ""}, "FRAME_ID_MISSING"),
+    ],
+)
+async def test_what_can_t_be_kept_is_refused_with_a_reason(bench: Bench, fields: dict[str, Any], reason: str) -> None:
+    await bench.frames.write([frame(1)])
+    with pytest.raises(InvalidInput) as refused:
+        await bench.annotate(**{"frame_id": "f1", **fields})
+    assert refused.value.reason == reason
+    assert not (await bench.get("f1")).annotations
+
+
+async def test_a_frame_that_is_not_stored_takes_no_annotation(bench: Bench) -> None:
+    with pytest.raises(NotFound, match="retention has dropped it") as refused:
+        await bench.annotate("f1")
+    assert refused.value.reason == "UNKNOWN_FRAME"
+
+
+async def test_more_than_the_log_holds_is_refused_with_a_delay(bench: Bench) -> None:
+    for number in range(bench.log.LIMIT):
+        await bench.log.put(M, f"x{number}", b"{}", b"")
+    await bench.frames.write([frame(1)])
+    with pytest.raises(QueueFull) as refused:
+        await bench.annotate("f1")
+    assert refused.value.retry_after_s
+
+
+async def test_queries_ask_what_people_say_and_where_the_versions_disagree(bench: Bench) -> None:
+    await bench.frames.write([frame(n) for n in range(4)])
+    agree = [Labelling("cells/cam1", T0 + n * 100_000, {"agree": "true" if n else "false"}) for n in range(3)]
+    await bench.frames.label(agree)
+    async with bench.owning():
+        await bench.annotate("f1", NORMAL)
+        await bench.annotate("f2", UNSURE)
+    assert await bench.query(human_label=NORMAL) == ["f1"]
+    assert await bench.query(human_label=UNSURE) == ["f2"]
+    assert await bench.query(reviewed=True) == ["f1", "f2"]
+    assert await bench.query(reviewed=False) == ["f0", "f3"]
+    assert await bench.query(disagreement=True) == ["f0"]
+    assert await bench.query(disagreement=False) == ["f1", "f2"]
+
+
+async def test_the_queue_gives_disagreements_then_what_is_near_the_threshold_then_chance(bench: Bench) -> None:
+    await bench.frames.write([frame(n, score=n / 100) for n in range(100)])
+    away = [Labelling("cells/cam1", T0 + n * 100_000, {"agree": "false"}) for n in (3, 90)]
+    await bench.frames.label(away)
+    async with bench.owning():
+        await bench.annotate("f50")
+        first = await bench.queue(size=12)
+        assert first[:2] == [("f3", "DISAGREEMENT"), ("f90", "DISAGREEMENT")]
+        assert [reason for _, reason in first[2:]] == ["UNCERTAIN"] * 8 + ["RANDOM"] * 2
+        assert {name for name, reason in first if reason == "UNCERTAIN"} == {
+            *("f46", "f47", "f48", "f49", "f51", "f52", "f53", "f54")
+        }
+        second = await bench.queue(size=20)
+        assert not {name for name, _ in first} & {name for name, _ in second}
+        assert first[:2] == (await bench.queue("Bob", size=5))[:2]
+        again = await bench.queue(size=20, again=True)
+        assert ("f50", "UNCERTAIN") in again
+        everything = {name for name, _ in [*first, *second, *again, *await bench.queue(size=200)]}
+        assert everything == {f"f{n}" for n in range(100)}
+        assert await bench.queue(size=200) == []
+
+
+def test_a_queue_of_nothing_is_empty() -> None:
+    assert pick([], 10, random.Random(0)) == []
+
+
+async def test_an_export_gives_what_people_said_with_images_and_masks(bench: Bench) -> None:
+    await bench.frames.write([frame(n, camera=f"cam{n % 2}") for n in range(8)])
+    async with bench.owning():
+        await bench.annotate("f1", mask=drawn())
+        await bench.annotate("f2", NORMAL)
+        await bench.annotate("f3", UNSURE)
+    request = storage_pb2.ExportRequest(model=M)
+    found = [one async for one in bench.api.Export(request, None)]
+    assert [one.frame.header.frame_id for one in found] == ["f1", "f2", "f3"]
+    assert [one.image for one in found] == [b"image 1", b"image 2", b"image 3"]
+    assert [bool(one.mask) for one in found] == [True, False, False]
+    request = storage_pb2.ExportRequest(model=M, camera="cam1", decided=True)
+    assert [one.frame.header.frame_id async for one in bench.api.Export(request, None)] == ["f1"]
+
+
+def test_later_places_are_greater() -> None:
+    assert order_of("10-2") < order_of("10-10") < order_of("11-0")
+    assert order_of("0") == (0, 0)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ReductServer]:
+    with reduct_server(tmp_path) as running:
+        yield running
+
+
+@pytest.mark.skipif(find_binary() is None, reason="no reductstore binary")
+async def test_what_a_person_said_outlives_a_killed_reductstore(server: ReductServer) -> None:
+    frames = await ReductFrameStore.open(server.url)
+    annotations = await ReductFrameStore.open(server.url, bucket="vigil-annotations")
+    bench = Bench(frames, annotations, MemoryStreams())
+    batch = [frame(n) for n in range(40)]
+    await frames.write(batch)
+
+    async def killing() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0.15)
+            server.kill()
+            server.start()
+
+    async def say(number: int) -> None:
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await bench.annotate(f"f{number}", mask=drawn(), annotation_id=f"a{number}", author="Ann")
+                except Exception as error:
+                    if getattr(error, "status", "") not in ("UNAVAILABLE", "NOT_FOUND"):
+                        raise
+                    # The writer of frames puts back what the server lost.
+                    await frames.write([batch[number]])
+                    await asyncio.sleep(0.05)
+                else:
+                    return
+
+    async with bench.owning():
+        killer = asyncio.create_task(killing())
+        for start in range(0, 40, 4):
+            await asyncio.gather(*(say(number) for number in range(start, start + 4)))
+        await killer
+        await frames.write(batch)
+        await bench.all_kept(30)
+    for number in range(40):
+        found = await bench.get(f"f{number}")
+        assert found.frame.annotation.label == ANOMALOUS, number
+        assert [a.annotation_id for a in found.annotations] == [f"a{number}"]
+        assert found.mask
+    await frames.close()
+    await annotations.close()
