@@ -7,12 +7,14 @@ import typer
 
 from vigil_cli import frames, models, shadow
 from vigil_cli.check import check
+from vigil_cli.evaluate import evaluate
 from vigil_cli.options import console, run
 from vigil_cli.sources import find_images
 from vigil_cli.stream import stream
 
 app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.", no_args_is_help=True)
 app.command()(stream)
+app.command()(evaluate)
 app.command()(check)
 app.add_typer(frames.app, name="frames")
 app.add_typer(models.app, name="model")
