@@ -1,0 +1,159 @@
+// Draws the mask and knows the keys; labels work without it.
+"use strict";
+
+const form = document.getElementById("review");
+const canvas = document.getElementById("mask");
+const pen = canvas.getContext("2d", { willReadFrequently: true });
+const overlay = document.getElementById("overlay");
+const width = document.getElementById("width");
+const problem = document.getElementById("problem");
+const MARK = "#ff2020";
+const MOST_UNDO = 20;
+const undo = [];
+let erasing = false;
+let busy = false;
+
+function say(text) {
+  problem.textContent = text;
+  problem.hidden = !text;
+}
+
+function remember() {
+  undo.push(pen.getImageData(0, 0, canvas.width, canvas.height));
+  if (undo.length > MOST_UNDO) undo.shift();
+}
+
+function takeBack() {
+  const before = undo.pop();
+  if (before) pen.putImageData(before, 0, 0);
+}
+
+function clear() {
+  remember();
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+}
+
+function choose(eraser) {
+  erasing = eraser;
+  document.getElementById("brush").setAttribute("aria-pressed", String(!eraser));
+  document.getElementById("eraser").setAttribute("aria-pressed", String(eraser));
+}
+
+function marked() {
+  const pixels = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+  for (let place = 3; place < pixels.length; place += 4) if (pixels[place] >= 128) return true;
+  return false;
+}
+
+// A grey mask as marks on the canvas.
+async function load(address) {
+  const answer = await fetch(address);
+  if (!answer.ok) return say("there is no mask to take");
+  const picture = await createImageBitmap(await answer.blob());
+  remember();
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const found = pen.getImageData(0, 0, canvas.width, canvas.height);
+  for (let place = 0; place < found.data.length; place += 4) {
+    const on = found.data[place] >= 128 && found.data[place + 3] >= 128;
+    found.data.set([255, 32, 32, on ? 255 : 0], place);
+  }
+  pen.putImageData(found, 0, 0);
+}
+
+function point(event) {
+  const box = canvas.getBoundingClientRect();
+  const scale = canvas.width / box.width;
+  return [(event.clientX - box.left) * scale, (event.clientY - box.top) * canvas.height / box.height];
+}
+
+let last = null;
+function draw(event) {
+  const [x, y] = point(event);
+  pen.globalCompositeOperation = erasing ? "destination-out" : "source-over";
+  pen.strokeStyle = MARK;
+  pen.lineCap = "round";
+  pen.lineJoin = "round";
+  pen.lineWidth = Number(width.value) * canvas.width / canvas.getBoundingClientRect().width;
+  pen.beginPath();
+  pen.moveTo(...last);
+  pen.lineTo(x, y);
+  pen.stroke();
+  pen.globalCompositeOperation = "source-over";
+  last = [x, y];
+}
+
+canvas.addEventListener("pointerdown", (event) => {
+  if (event.button !== 0) return;
+  canvas.setPointerCapture(event.pointerId);
+  remember();
+  last = point(event);
+  draw(event);
+});
+canvas.addEventListener("pointermove", (event) => { if (last) draw(event); });
+for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, () => { last = null; });
+
+function toggle() {
+  if (!overlay) return;
+  if (!overlay.src) overlay.src = overlay.dataset.src;
+  overlay.hidden = !overlay.hidden;
+  document.getElementById("toggle").setAttribute("aria-pressed", String(!overlay.hidden));
+}
+if (overlay) overlay.addEventListener("error", () => { overlay.hidden = true; say("the model gives no heat map now"); });
+
+async function submit(label) {
+  if (busy) return;
+  busy = true;
+  say("");
+  try {
+    const data = new FormData(form);
+    data.set("label", label);
+    if (label !== "normal" && marked()) {
+      data.set("mask", await new Promise((done) => canvas.toBlob(done, "image/png")), "mask.png");
+    }
+    const answer = await fetch(form.action, { method: "POST", body: data, redirect: "manual" });
+    if (answer.type === "opaqueredirect") {
+      location.assign(form.dataset.next);
+      return;
+    }
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    say(page.querySelector(".error")?.textContent ?? `the server answered ${answer.status}`);
+  } catch (error) {
+    say(`the server can't be reached (${error.message}); try again`);
+  }
+  busy = false;
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (event.submitter?.name === "label") submit(event.submitter.value);
+});
+
+const actions = {
+  n: () => submit("normal"),
+  a: () => submit("anomalous"),
+  u: () => submit("unsure"),
+  " ": () => location.assign(form.dataset.next),
+  o: toggle,
+  b: () => choose(false),
+  e: () => choose(true),
+  z: takeBack,
+  c: clear,
+  m: () => { if (form.dataset.aiMask) load(form.dataset.aiMask); },
+};
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input:not([type=range]), textarea");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in actions)) return;
+  event.preventDefault();
+  actions[event.key]();
+});
+const buttons = { brush: "b", eraser: "e", undo: "z", clear: "c", "ai-mask": "m", toggle: "o" };
+for (const [id, key] of Object.entries(buttons)) {
+  document.getElementById(id)?.addEventListener("click", (event) => {
+    actions[key]();
+    if (event.detail > 0) event.currentTarget.blur(); // so that space goes on to the next frame
+  });
+}
+document.getElementById("tools").disabled = false;
+if (form.dataset.mask) load(form.dataset.mask);
