@@ -27,8 +27,9 @@ FROM ${BASE}
 ARG PACKAGE
 LABEL org.opencontainers.image.title="vigil-${PACKAGE}" org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/vigil /opt/vigil
-# Nothing is written outside of mounted folders: the root may be read-only.
+# Nothing is written outside of mounted folders: the root may be read-only. The name is for libraries that ask for it: any
+# user id may run this, and none is in /etc/passwd.
 ENV PATH=/opt/vigil/bin:/usr/local/bin:/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
-    ORT_DISABLE_TELEMETRY=1
+    ORT_DISABLE_TELEMETRY=1 LOGNAME=vigil HOME=/tmp
 USER 65532:65532
 ENTRYPOINT ["/opt/vigil/bin/serve"]

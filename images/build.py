@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def size_mb(how: str, image: str) -> float:
 def bill_of_materials(package: str, target: Path) -> None:
     """CycloneDX, from the lock that the image is built from."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    uv = shutil.which("uv") or "uv"
+    uv = os.environ.get("UV") or shutil.which("uv") or "uv"
     command = [uv, "export", "--frozen", "--no-dev", "--format", "cyclonedx1.5"]
     text = subprocess.run(  # noqa: S603
         [*command, "--package", f"vigil-{package}"], check=True, cwd=ROOT, capture_output=True, text=True

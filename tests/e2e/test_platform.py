@@ -34,7 +34,7 @@ class Platform:
         if OWN:
             for name in ("valkey", "reductstore"):
                 images += [f"{name}.image.repository=localhost/vigil/{name}", f"{name}.image.tag={TAG}"]
-        common = ("upgrade", "--install", "--namespace", NAMESPACE, "--wait", "--timeout", "300s")
+        common = ("upgrade", "--install", "--namespace", NAMESPACE, "--wait", "--timeout", "150s")
         sizes = ["valkey.persistence.size=1Gi", "reductstore.persistence.size=2Gi", "valkey.maxmemory=512mb"]
         chosen = [f"--set={value}" for value in (*images, *sizes, *settings)]
         self.cluster.helm(*common, RELEASE, str(ROOT / "charts/vigil"), *chosen)
