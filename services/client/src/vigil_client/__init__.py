@@ -8,10 +8,14 @@ async with VigilClient("localhost:50051") as client:
 from vigil_client.client import VigilClient
 from vigil_client.storage import StorageClient
 from vigil_client.types import (
+    Annotation,
     Failure,
     Frame,
+    HumanLabel,
     Model,
     Result,
+    ReviewedFrame,
+    ReviewItem,
     ServiceError,
     StoredFrame,
     Verdict,
@@ -21,10 +25,14 @@ from vigil_client.types import (
 )
 
 __all__ = [
+    "Annotation",
     "Failure",
     "Frame",
+    "HumanLabel",
     "Model",
     "Result",
+    "ReviewItem",
+    "ReviewedFrame",
     "ServiceError",
     "StorageClient",
     "StoredFrame",

@@ -8,15 +8,39 @@ from typing import TYPE_CHECKING, cast
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2
+from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
 
-from vigil_client.types import Failure, Frame, Model, StoredFrame, Verdict, Visualization, WaitFor
+from vigil_client.types import (
+    Annotation,
+    Failure,
+    Frame,
+    HumanLabel,
+    Model,
+    ReviewedFrame,
+    ReviewItem,
+    StoredFrame,
+    Verdict,
+    Visualization,
+    WaitFor,
+)
 
 if TYPE_CHECKING:
     import grpc
-    from vigil.storage.v1 import storage_pb2
 
 _WAIT = {WaitFor.ACCEPTED: ingest_pb2.WAIT_FOR_ACCEPTED, WaitFor.VERDICT: ingest_pb2.WAIT_FOR_VERDICT}
+HUMAN_LABELS = {
+    HumanLabel.NORMAL: types_pb2.LABEL_NORMAL,
+    HumanLabel.ANOMALOUS: types_pb2.LABEL_ANOMALOUS,
+    HumanLabel.UNSURE: types_pb2.LABEL_UNSURE,
+}
+_HUMAN_LABELS = {value: label for label, value in HUMAN_LABELS.items()}
+_REASONS = {
+    storage_pb2.REVIEW_REASON_UNSPECIFIED: "",
+    storage_pb2.REVIEW_REASON_DISAGREEMENT: "disagreement",
+    storage_pb2.REVIEW_REASON_UNCERTAIN: "uncertain",
+    storage_pb2.REVIEW_REASON_RANDOM: "random",
+}
 VISUALIZATIONS = {
     Visualization.NONE: types_pb2.VISUALIZATION_NONE,
     Visualization.SIMPLE: types_pb2.VISUALIZATION_SIMPLE,
@@ -106,7 +130,31 @@ def stored_frame(message: storage_pb2.StoredFrame) -> StoredFrame:
         labels=dict(message.labels),
         verdict=verdict(message.verdict) if message.HasField("verdict") else None,
         failure_reason=message.failure_reason,
+        annotation=annotation(message.annotation) if message.HasField("annotation") else None,
     )
+
+
+def annotation(message: storage_pb2.Annotation) -> Annotation:
+    """What a person said."""
+    return Annotation(
+        annotation_id=message.annotation_id,
+        label=_HUMAN_LABELS[message.label],
+        author=message.author,
+        annotated_at=message.annotated_at.ToDatetime(UTC),
+        note=message.note,
+        masked=message.masked,
+    )
+
+
+def reviewed_frame(message: storage_pb2.GetResponse | storage_pb2.ExportResponse) -> ReviewedFrame:
+    """A frame with all that was said of it."""
+    said = tuple(annotation(one) for one in message.annotations)
+    return ReviewedFrame(stored_frame(message.frame), message.image, said, message.mask or None)
+
+
+def review_item(message: storage_pb2.ReviewItem) -> ReviewItem:
+    """A frame to look at."""
+    return ReviewItem(stored_frame(message.frame), _REASONS[message.reason])
 
 
 def model(message: storage_pb2.Model, *, created: bool = True) -> Model:

@@ -15,13 +15,15 @@ from vigil.types.v1 import types_pb2
 
 from vigil_client import convert
 from vigil_client.channel import connect, metadata
-from vigil_client.types import Failure, Model, ServiceError, StoredFrame
+from vigil_client.types import Failure, Model, ServiceError, StoredFrame, new_frame_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
+
+    from vigil_client.types import Annotation, HumanLabel, ReviewedFrame, ReviewItem
 
 _CHUNK_BYTES = 1024 * 1024
 _PAGE_SIZE = 500
@@ -90,6 +92,9 @@ class StorageClient:
         min_score: float | None = None,
         max_score: float | None = None,
         failed: bool = False,
+        human_label: HumanLabel | None = None,
+        reviewed: bool | None = None,
+        disagreement: bool | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[StoredFrame]:
         """Stored frames that match, oldest first, page by page as they are taken."""
@@ -106,6 +111,9 @@ class StorageClient:
             min_score=min_score,
             max_score=max_score,
             failed=failed,
+            human_label=convert.HUMAN_LABELS[human_label] if human_label else types_pb2.LABEL_UNSPECIFIED,
+            reviewed=reviewed,
+            disagreement=disagreement,
         )
         if start is not None:
             request.start.FromDatetime(start)
@@ -133,6 +141,98 @@ class StorageClient:
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.stored_frame(response.frame), response.image
+
+    async def frames_history(self, model: str, frame_id: str, *, camera: str | None = None) -> ReviewedFrame:
+        """One frame with its encoded image, everything people said of it, and the mask that stands."""
+        request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
+        try:
+            response = await self._frames.Get(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.reviewed_frame(response)
+
+    async def frames_annotate(
+        self,
+        model: str,
+        frame_id: str,
+        label: HumanLabel,
+        *,
+        author: str,
+        mask: bytes | None = None,
+        note: str = "",
+        camera: str | None = None,
+        annotation_id: str = "",
+    ) -> Annotation:
+        """Say what a frame shows; once this returns it can't be lost.
+
+        Args:
+            model: The model's name.
+            frame_id: The frame's id.
+            label: What it shows.
+            author: Who says so.
+            mask: A PNG of the image's size, grey or 1 bit, white where it is anomalous.
+            note: Free text.
+            camera: Its camera; spares a search.
+            annotation_id: Makes saying it again harmless; a new one where it is empty.
+        """
+        request = storage_pb2.AnnotateRequest(
+            model=model,
+            frame_id=frame_id,
+            camera=camera or "",
+            label=convert.HUMAN_LABELS[label],
+            mask=mask or b"",
+            note=note,
+            author=author,
+            annotation_id=annotation_id or f"a{new_frame_id()}",
+        )
+        try:
+            response = await self._frames.Annotate(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.annotation(response.annotation)
+
+    async def frames_review_queue(
+        self,
+        model: str,
+        reviewer: str,
+        *,
+        camera: str | None = None,
+        size: int = 20,
+        since: datetime | None = None,
+        again: bool = False,
+    ) -> list[ReviewItem]:
+        """Frames most worth a look; with `again` also what this reviewer was given before, and what was labelled."""
+        request = storage_pb2.ReviewQueueRequest(
+            model=model, camera=camera or "", reviewer=reviewer, size=size, again=again
+        )
+        if since is not None:
+            request.since.FromDatetime(since)
+        try:
+            response = await self._frames.ReviewQueue(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return [convert.review_item(item) for item in response.items]
+
+    async def frames_export(
+        self,
+        model: str,
+        *,
+        camera: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        decided: bool = False,
+    ) -> AsyncIterator[ReviewedFrame]:
+        """Frames that people labelled, oldest first; with `decided` without those they are unsure of."""
+        request = storage_pb2.ExportRequest(model=model, camera=camera or "", decided=decided)
+        if since is not None:
+            request.since.FromDatetime(since)
+        if until is not None:
+            request.until.FromDatetime(until)
+        try:
+            async for message in self._frames.Export(request, metadata=self._metadata):
+                yield convert.reviewed_frame(message)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
 
     async def models_publish(self, bundle: bytes | Path, *, name: str = "", version: int = 0) -> Model:
         """Publish a bundle, from memory or from a file that need not fit there.

@@ -137,6 +137,35 @@ class Result:
     attempts: int = 1
 
 
+class HumanLabel(enum.Enum):
+    """What a person says of a frame."""
+
+    NORMAL = "normal"
+    ANOMALOUS = "anomalous"
+    UNSURE = "unsure"
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """What a person said of a frame.
+
+    Attributes:
+        annotation_id: Its own id.
+        label: Normal, anomalous or unsure.
+        author: Who said so.
+        annotated_at: When.
+        note: Free text; empty beside a frame of a query.
+        masked: Whether a mask came with it.
+    """
+
+    annotation_id: str
+    label: HumanLabel
+    author: str
+    annotated_at: datetime
+    note: str = ""
+    masked: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class StoredFrame:
     """A frame as the store keeps it.
@@ -154,6 +183,7 @@ class StoredFrame:
         labels: Every label the store has.
         verdict: None where it could not be judged.
         failure_reason: Why it could not be judged.
+        annotation: What people say of it now; None where nobody has said anything.
     """
 
     frame_id: str
@@ -168,6 +198,32 @@ class StoredFrame:
     labels: Mapping[str, str]
     verdict: Verdict | None
     failure_reason: str = ""
+    annotation: Annotation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewedFrame:
+    """A frame with its image and all that people said of it.
+
+    Attributes:
+        frame: The frame.
+        image: Encoded, as it came.
+        annotations: Oldest first; the last one stands.
+        mask: Of the one that stands, as grey PNG (0 normal, 255 anomalous); None where it has none.
+    """
+
+    frame: StoredFrame
+    image: bytes = field(repr=False)
+    annotations: tuple[Annotation, ...]
+    mask: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewItem:
+    """A frame to look at, and why: "disagreement", "uncertain" or "random"."""
+
+    frame: StoredFrame
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
