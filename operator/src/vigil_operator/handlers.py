@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,10 @@ from vigil_common.errors import NotFound, Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
-from vigil_operator.observed import Request, Resource
+from vigil_operator.observed import Resource
 from vigil_operator.plan import Emit
 from vigil_operator.render import MANAGER, MODEL_LABEL
+from vigil_operator.resource import resource_of, status_of
 from vigil_operator.spec import GROUP, PLURAL, VERSION, Spec
 from vigil_operator.status import Condition, Status
 
@@ -34,38 +34,7 @@ RETRY_S = 2.0
 DELETE_TRIES = 10
 DELETE_DELAY_S = 1.0
 WATCHED: dict[str, Any] = {"app.kubernetes.io/managed-by": MANAGER, MODEL_LABEL: kopf.PRESENT}
-# What a failed version is not tried again for: it can't have failed by it.
-_HARMLESS = {"threshold", "replicas", "autoscaling", "suspend"}
-
 log = get_logger()
-
-
-def resource_of(body: Mapping[str, Any]) -> Resource:
-    """A resource as the plan takes it.
-
-    Raises:
-        ValidationError: The spec makes no sense.
-    """
-    metadata, spec = body["metadata"], body["spec"]
-    tried = {key: value for key, value in spec.items() if key not in _HARMLESS}
-    return Resource(
-        name=metadata["name"],
-        namespace=metadata["namespace"],
-        uid=metadata["uid"],
-        generation=metadata.get("generation", 1),
-        spec=Spec.model_validate(spec),
-        request=Request.parse(metadata.get("annotations", {})),
-        attempt=hashlib.sha256(json.dumps(tried, sort_keys=True, default=dict).encode()).hexdigest()[:16],
-    )
-
-
-def status_of(body: Mapping[str, Any]) -> Status:
-    """What is remembered; nothing where it can't be read, since the world can be read again."""
-    try:
-        return Status.model_validate(json.loads(json.dumps(body.get("status") or {}, default=dict)))
-    except ValidationError as error:
-        log.warning("status_unreadable", resource=body["metadata"]["name"], problems=error.error_count())
-        return Status()
 
 
 class Loops:

@@ -142,14 +142,16 @@ def report_of(found: shadow_pb2.Report) -> Report:
     return Report(found.live.digest, found.candidate.digest, numbers, elapsed_s)
 
 
-async def describe(address: str, worker: str, security: SecuritySettings, server_name: str) -> Description | None:
+async def describe(
+    address: str, worker: str, security: SecuritySettings, server_name: str | None = None
+) -> Description | None:
     """What a worker says of itself; None while it does not answer.
 
     Args:
         address: HOST:PORT.
         worker: Its name, for people.
         security: How to connect.
-        server_name: What its certificate is issued for.
+        server_name: What its certificate is issued for, where that is not the address' host.
     """
     async with connect(address, security, server_name=server_name) as channel:
         stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)

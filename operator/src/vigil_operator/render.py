@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vigil_operator.observed import Resource
-    from vigil_operator.spec import Autoscaling
+    from vigil_operator.spec import Autoscaling, Runtime
 
 MANAGER = "vigil-operator"
 MODEL_LABEL = f"{GROUP}/anomalymodel"
@@ -153,9 +153,18 @@ def build_service_account(resource: Resource, settings: WorkerSettings) -> Manif
     return _object(resource, "v1", "ServiceAccount", name, automountServiceAccountToken=False, **extra)
 
 
+def runtime_environment(runtime: Runtime) -> dict[str, str]:
+    """How a worker runs its model."""
+    return {
+        "VIGIL_ENGINE": runtime.engine,
+        "VIGIL_PRECISION": runtime.precision,
+        "VIGIL_THREADS": str(runtime.threads),
+        "VIGIL_BATCH_SIZE": str(runtime.batch_size),
+    }
+
+
 def environment(resource: Resource, settings: WorkerSettings) -> dict[str, str]:
     """The workers' settings, those that every version shares."""
-    runtime = resource.spec.runtime
     values = {
         "VIGIL_MODEL": resource.spec.source.model,
         "VIGIL_REDIS_URL": settings.redis_url,
@@ -163,10 +172,7 @@ def environment(resource: Resource, settings: WorkerSettings) -> dict[str, str]:
         "VIGIL_INFERENCE_BIND": f"0.0.0.0:{GRPC_PORT}",
         "VIGIL_HEALTH_BIND": f"0.0.0.0:{HEALTH_PORT}",
         "VIGIL_METRICS_PORT": str(METRICS_PORT),
-        "VIGIL_ENGINE": runtime.engine,
-        "VIGIL_PRECISION": runtime.precision,
-        "VIGIL_THREADS": str(runtime.threads),
-        "VIGIL_BATCH_SIZE": str(runtime.batch_size),
+        **runtime_environment(resource.spec.runtime),
         "VIGIL_CACHE_DIR": CACHE_FOLDER,
         "VIGIL_LOG_LEVEL": settings.log_level,
     }

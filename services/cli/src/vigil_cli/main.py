@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vigil_cli import frames, models, shadow
+from vigil_cli import frames, models, rollout, shadow
 from vigil_cli.check import check
 from vigil_cli.evaluate import evaluate
 from vigil_cli.options import console, run
@@ -19,6 +19,9 @@ app.command()(check)
 app.add_typer(frames.app, name="frames")
 app.add_typer(models.app, name="model")
 app.add_typer(shadow.app, name="shadow")
+app.add_typer(rollout.local, name="local")
+for verb in rollout.VERBS:
+    app.command()(verb)
 
 
 @app.command()

@@ -134,12 +134,30 @@ class LocalStack:
             The part's name.
         """
         name = name or f"worker-{model}-{version}"
+        self.launch_worker(name, model, version, **env)
+        await self._wait_ready(name)
+        self.log(f"{name} ready at {self._bind(name)}")
+        return name
+
+    def launch_worker(self, name: str, model: str, version: int, **env: str) -> None:
+        """Start a worker as `add_worker` does, without waiting."""
         settings = {"MODEL": model, "MODEL_VERSION": str(version), "STORAGE_ADDRESS": self.storage_address, **env}
         self._add_service(name, "vigil_inference", INFERENCE_BIND=self._bind(name), **settings)
         self.worker_addresses[name] = self._bind(name)
-        await self.start(name)
-        self.log(f"{name} ready at {self._bind(name)}")
-        return name
+        self._processes[name].start()
+
+    async def remove_worker(self, name: str) -> None:
+        """End a worker in order, and forget it."""
+        del self.worker_addresses[name]
+        await self._processes.pop(name).stop()
+
+    async def ready(self, name: str) -> bool:
+        """Whether a service says that it is ready."""
+        return self._processes[name].pid is not None and await self._grpc_ready(name)
+
+    def tail(self, name: str) -> str:
+        """The end of a part's output."""
+        return self._processes[name].tail()
 
     async def _up(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

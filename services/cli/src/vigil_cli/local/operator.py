@@ -1,0 +1,332 @@
+"""The operator on one machine: the same plan as in Kubernetes, with workers as processes and resources as files.
+
+FOLDER/resources/NAME.json is a resource as commands write it, NAME.status.json what the operator says of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+from vigil_common.config import SecuritySettings
+from vigil_common.errors import InvalidInput, NotFound, VigilError
+from vigil_common.logging import get_logger
+from vigil_common.streams.redis import RedisStreams
+from vigil_operator.diagnose import RESTARTS_FINAL, last_words
+from vigil_operator.observed import Problem, Workload
+from vigil_operator.reconcile import Reconciler
+from vigil_operator.remote import GrpcRegistry, GrpcReports, describe
+from vigil_operator.render import runtime_environment, short
+from vigil_operator.resource import resource_of, status_of
+from vigil_operator.spec import GROUP, KIND, VERSION, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from vigil_operator.observed import Description, Resource
+    from vigil_operator.plan import Emit
+    from vigil_operator.status import Status
+
+    from vigil_cli.local.stack import LocalStack
+
+POLL_S = 0.2
+NAMESPACE = "local"
+# A worker that ended is started again after so long, times its restarts.
+BACKOFF_S = 1.0
+
+log = get_logger()
+
+
+class ResourceFiles:
+    """Resources in a folder; each change replaces a file, so a reader never sees half of one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "resources"
+
+    def names(self) -> list[str]:
+        """Every resource."""
+        files = self._folder.glob("*.json")
+        return sorted(path.stem for path in files if not path.name.endswith(".status.json"))
+
+    def get(self, name: str) -> dict[str, Any]:
+        """A resource with its status.
+
+        Raises:
+            NotFound: UNKNOWN_RESOURCE.
+        """
+        body = self._read(f"{name}.json")
+        if body is None:
+            raise NotFound("UNKNOWN_RESOURCE", f"there is no AnomalyModel {name} in {self._folder}")
+        return {**body, "status": self._read(f"{name}.status.json") or {}}
+
+    def apply(self, text: str) -> list[str]:
+        """Take the AnomalyModels of a YAML text in; their names.
+
+        Raises:
+            InvalidInput: RESOURCE_INVALID.
+        """
+        applied = []
+        for document in yaml.safe_load_all(text):
+            if document is None:
+                continue
+            name, spec = _checked(document)
+            old = self._read(f"{name}.json")
+            body = old or {
+                "metadata": {
+                    "name": name,
+                    "namespace": NAMESPACE,
+                    "uid": str(uuid.uuid4()),
+                    "creationTimestamp": datetime.now(UTC).isoformat(),
+                    "annotations": {},
+                    "generation": 0,
+                }
+            }
+            if body.get("spec") != spec:
+                if old is not None and old["spec"]["source"]["model"] != spec["source"]["model"]:
+                    raise InvalidInput("RESOURCE_INVALID", "source.model can't be changed; make another AnomalyModel")
+                body["metadata"]["generation"] += 1
+            self._write(f"{name}.json", {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, **body, "spec": spec})
+            applied.append(name)
+        return applied
+
+    def patch(self, name: str, patch: dict[str, Any]) -> None:
+        """Merge a patch into a resource, as `kubectl patch --type=merge` does."""
+        body = self.get(name)
+        del body["status"]
+        merged = _merge(body, patch)
+        _checked(merged)
+        if merged["spec"] != body["spec"]:
+            merged["metadata"]["generation"] += 1
+        self._write(f"{name}.json", merged)
+
+    def delete(self, name: str) -> None:
+        """Remove a resource; its workers end."""
+        self.get(name)
+        (self._folder / f"{name}.json").unlink()
+
+    def write_status(self, name: str, status: Mapping[str, Any]) -> None:
+        """What the operator says."""
+        self._write(f"{name}.status.json", status)
+
+    def drop_status(self, name: str) -> None:
+        """A new resource of that name begins afresh."""
+        (self._folder / f"{name}.status.json").unlink(missing_ok=True)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self._folder / name).read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def _write(self, name: str, body: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        part = self._folder / f".{name}.{os.getpid()}"
+        part.write_text(json.dumps(body, indent=1))
+        part.replace(self._folder / name)
+
+
+def _checked(document: Any) -> tuple[str, dict[str, Any]]:
+    try:
+        if (document["apiVersion"], document["kind"]) != (f"{GROUP}/{VERSION}", KIND):
+            raise InvalidInput("RESOURCE_INVALID", f"only {GROUP}/{VERSION} {KIND} can be applied here")
+        Spec.model_validate(document["spec"])
+        return str(document["metadata"]["name"]), dict(document["spec"])
+    except ValidationError as error:
+        said = "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InvalidInput("RESOURCE_INVALID", said) from error
+    except (KeyError, TypeError) as error:
+        raise InvalidInput("RESOURCE_INVALID", f"not a resource: {error} is missing") from error
+
+
+def _merge(old: Any, patch: Any) -> Any:
+    if not isinstance(patch, dict):
+        return patch
+    base = old if isinstance(old, dict) else {}
+    kept = {key: value for key, value in base.items() if not (key in patch and patch[key] is None)}
+    return {**kept, **{key: _merge(base.get(key), value) for key, value in patch.items() if value is not None}}
+
+
+@dataclass
+class _Started:
+    """A worker's process."""
+
+    settings: dict[str, str]
+    restarts: int = 0
+    again_at: float = 0.0
+    said: Description | None = None
+
+
+@dataclass
+class LocalWorkers:
+    """Workers as processes of a stack."""
+
+    stack: LocalStack
+    _started: dict[str, dict[str, _Started]] = field(default_factory=dict)
+
+    def _key(self, resource: Resource, digest: str) -> str:
+        return f"{resource.name}/{digest}"
+
+    async def observe(self, resource: Resource, *, describe: str | None) -> Mapping[str, Workload]:
+        """What runs, and how it ended where it does not."""
+        found = {}
+        for key, processes in self._started.items():
+            name, _, digest = key.partition("/")
+            if name != resource.name:
+                continue
+            ready = [process for process in processes if await self.stack.ready(process)]
+            said = [await self._describe(processes, process) for process in ready] if digest == describe else []
+            problems = [problem for process in processes for problem in self._problems(processes[process], process)]
+            described = tuple(description for description in said if description is not None)
+            found[digest] = Workload(digest, len(processes), len(ready), tuple(problems), described)
+        return found
+
+    async def _describe(self, processes: dict[str, _Started], process: str) -> Description | None:
+        started = processes[process]
+        if started.said is None:
+            started.said = await describe(self.stack.worker_addresses[process], process, SecuritySettings())
+        return started.said
+
+    def _problems(self, started: _Started, process: str) -> list[Problem]:
+        if self.stack.pid(process) is not None:
+            return []
+        tail = self.stack.tail(process)
+        said = last_words(tail)
+        often = started.restarts >= RESTARTS_FINAL
+        if said is not None:
+            reason, message, final = said
+            return [Problem(reason, f"{process}: {message}", final=final or often)]
+        return [Problem("CrashLoop", f"{process} ended: {tail.splitlines()[-1]}", final=often)]
+
+    async def ensure_model(self, resource: Resource, live: str | None) -> None:
+        """Nothing stands between a client and the workers here."""
+
+    async def ensure(self, resource: Resource, version: int, digest: str) -> None:
+        """As many processes as there should be, with the settings that they should have."""
+        processes = self._started.setdefault(self._key(resource, digest), {})
+        spec = resource.spec
+        count = spec.autoscaling.min if spec.autoscaling is not None else spec.replicas
+        settings = {key.removeprefix("VIGIL_"): value for key, value in runtime_environment(spec.runtime).items()}
+        settings["MODEL_DIGEST"] = digest
+        wanted = [f"worker-{resource.name}-{version}-{short(digest)}-{number}" for number in range(count)]
+        for name in wanted:
+            started = processes.get(name)
+            if started is not None and started.settings != settings:
+                await self._end(processes, name)
+                started = None
+            if started is None:
+                processes[name] = _Started(settings)
+                self.stack.launch_worker(name, spec.source.model, version, **settings)
+            elif self.stack.pid(name) is None:
+                self._again(started, name, spec.source.model, version)
+        for name in set(processes) - set(wanted):
+            await self._end(processes, name)
+
+    def _again(self, started: _Started, name: str, model: str, version: int) -> None:
+        now = time.monotonic()
+        if not started.again_at:
+            started.again_at = now + BACKOFF_S * (1 + started.restarts)
+        elif now >= started.again_at:
+            started.restarts, started.again_at, started.said = started.restarts + 1, 0.0, None
+            self.stack.launch_worker(name, model, version, **started.settings)
+
+    async def remove(self, resource: Resource, digest: str) -> None:
+        """End a version's processes in order."""
+        processes = self._started.pop(self._key(resource, digest), {})
+        for name in list(processes):
+            await self._end(processes, name)
+
+    async def remove_all(self, name: str) -> None:
+        """End all processes of a resource."""
+        for key in [key for key in self._started if key.startswith(f"{name}/")]:
+            processes = self._started.pop(key)
+            for process in list(processes):
+                await self._end(processes, process)
+
+    async def _end(self, processes: dict[str, _Started], name: str) -> None:
+        del processes[name]
+        await self.stack.remove_worker(name)
+
+
+class LocalNotes:
+    """Status as a file, events as lines."""
+
+    def __init__(self, files: ResourceFiles, stack: LocalStack) -> None:
+        self._files = files
+        self._stack = stack
+
+    async def write_status(self, resource: Resource, status: Status) -> None:
+        """Replace the whole status."""
+        self._files.write_status(resource.name, status.to_json())
+
+    async def emit(self, resource: Resource, event: Emit) -> None:
+        """Tell people."""
+        self._stack.log(f"{resource.name}: {event.reason}: {event.message}")
+
+
+async def look_after(stack: LocalStack, stop: asyncio.Event) -> None:
+    """Bring the resources in the stack's folder to what they ask for, until stopped."""
+    files = ResourceFiles(stack.folder)
+    workers = LocalWorkers(stack)
+    streams = await RedisStreams.connect(stack.redis_url, security=SecuritySettings())
+    from vigil_common.grpc.security import connect  # noqa: PLC0415 - gRPC forks badly, so it comes last
+
+    async with (
+        connect(stack.storage_address, SecuritySettings()) as storage,
+        connect(stack.shadow_address, SecuritySettings()) as shadow,
+    ):
+        registry = GrpcRegistry(storage)
+        reconciler = Reconciler(
+            workers=workers,
+            notes=LocalNotes(files, stack),
+            registry=registry,
+            routing=streams.routing,
+            reports=GrpcReports(shadow),
+        )
+        following = asyncio.create_task(registry.follow(stop))
+        try:
+            await _loop(files, workers, reconciler, streams, stop)
+        finally:
+            stop.set()
+            await following
+            await streams.close()
+
+
+async def _loop(
+    files: ResourceFiles, workers: LocalWorkers, reconciler: Reconciler, streams: RedisStreams, stop: asyncio.Event
+) -> None:
+    known: dict[str, str] = {}
+    while not stop.is_set():
+        bodies = {}
+        for name in files.names():
+            with suppress(NotFound):
+                bodies[name] = files.get(name)
+        owners: dict[str, str] = {}
+        for name in sorted(bodies, key=lambda name: bodies[name]["metadata"]["creationTimestamp"]):
+            owners.setdefault(bodies[name]["spec"]["source"]["model"], name)
+        for name in set(known) - set(bodies):
+            await workers.remove_all(name)
+            files.drop_status(name)
+            model = known.pop(name)
+            if model not in owners:
+                with suppress(VigilError):
+                    await streams.routing.remove(model)
+        for name, body in bodies.items():
+            model = known[name] = body["spec"]["source"]["model"]
+            taken_by = "" if owners[model] == name else owners[model]
+            try:
+                await reconciler.reconcile(resource_of(body), status_of(body), taken_by)
+            except VigilError as error:
+                log.warning("reconcile_failed", resource=name, reason=error.reason, detail=error.message)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), POLL_S)

@@ -1,0 +1,370 @@
+"""Rollouts: `vigil status|promote|…` on the local platform, `kubectl vigil status|promote|…` in Kubernetes.
+
+Both read and write the same resource; what is done is decided by the operator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import typer
+from rich.table import Column, Table
+from vigil_client import StorageClient, StoredFrame
+from vigil_common.errors import Conflict, InvalidInput, NotFound, Unavailable
+from vigil_operator.observed import REQUEST_ANNOTATION
+from vigil_operator.spec import GROUP, PLURAL
+
+from vigil_cli.local.operator import ResourceFiles
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
+
+FOLDER = Path("out/local")
+REQUEST_DEADLINE_S = 30.0
+ROLLBACK_DEADLINE_S = 600.0
+POLL_S = 0.2
+PREVIEW_FRAMES = 10_000
+_SETTLED = ("Live", "Held", "Failed", "Suspended")
+
+Name = Annotated[str, typer.Argument(help="The AnomalyModel's name.")]
+
+
+class Resources(Protocol):
+    """Where AnomalyModels are."""
+
+    def names(self) -> list[str]:
+        """Every resource."""
+        ...
+
+    def get(self, name: str) -> dict[str, Any]:
+        """A resource with its status."""
+        ...
+
+    def patch(self, name: str, patch: dict[str, Any]) -> None:
+        """Merge a patch into it."""
+        ...
+
+
+class KubectlResources:
+    """By kubectl, with its ways to find and enter a cluster."""
+
+    def __init__(self, namespace: str | None, context: str | None) -> None:
+        self._options = [*(["-n", namespace] if namespace else []), *(["--context", context] if context else [])]
+
+    def _kubectl(self, *arguments: str) -> str:
+        command = ["kubectl", *self._options, *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the user's
+        except FileNotFoundError as error:
+            raise InvalidInput("NO_KUBECTL", "kubectl is not on the path") from error
+        if done.returncode:
+            message = done.stderr.strip() or done.stdout.strip()
+            raise (NotFound if "NotFound" in message else Unavailable)("KUBECTL_FAILED", message)
+        return done.stdout
+
+    def names(self) -> list[str]:
+        """Every resource of the namespace."""
+        found = json.loads(self._kubectl("get", f"{PLURAL}.{GROUP}", "-o", "json"))
+        return [item["metadata"]["name"] for item in found["items"]]
+
+    def get(self, name: str) -> dict[str, Any]:
+        """A resource with its status."""
+        found: dict[str, Any] = json.loads(self._kubectl("get", f"{PLURAL}.{GROUP}", name, "-o", "json"))
+        return found
+
+    def patch(self, name: str, patch: dict[str, Any]) -> None:
+        """Merge a patch into it."""
+        self._kubectl("patch", f"{PLURAL}.{GROUP}", name, "--type=merge", "-p", json.dumps(patch))
+
+
+local = typer.Typer(help="The whole platform on this machine.", no_args_is_help=True)
+kubectl = typer.Typer(help="Rollouts of AnomalyModels in Kubernetes.", no_args_is_help=True)
+_where: Resources = ResourceFiles(Path(os.environ.get("VIGIL_LOCAL", FOLDER)))
+
+
+@kubectl.callback()
+def _in_kubernetes(
+    namespace: Annotated[str | None, typer.Option("--namespace", "-n", help="As kubectl's.")] = None,
+    context: Annotated[str | None, typer.Option(help="As kubectl's.")] = None,
+) -> None:
+    global _where  # noqa: PLW0603 - one command per process
+    _where = KubectlResources(namespace, context)
+
+
+def _get(name: str) -> dict[str, Any]:
+    async def work() -> dict[str, Any]:
+        return await asyncio.to_thread(_where.get, name)
+
+    return run(work())
+
+
+def _version(status: dict[str, Any], role: str) -> str:
+    return str(status.get(role, {}).get("version", "-"))
+
+
+def _condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = status.get("conditions", [])
+    return next((condition for condition in found if condition["type"] == kind), {})
+
+
+def status(
+    name: Annotated[str, typer.Argument(help="Only this AnomalyModel, with what it waits for.")] = "",
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Show where rollouts are."""
+
+    async def work() -> list[dict[str, Any]]:
+        names = [name] if name else await asyncio.to_thread(_where.names)
+        return [await asyncio.to_thread(_where.get, each) for each in names]
+
+    found = run(work())
+    if as_json:
+        for body in found:
+            typer.echo(json.dumps({"name": body["metadata"]["name"], **body.get("status", {})}))
+        return
+    table = Table("name", "phase", "live", "candidate", "compared", "flips", "ready")
+    for body in found:
+        said = body.get("status", {})
+        shadow = said.get("shadow", {})
+        numbers = (str(shadow.get("frames", "-")), str(shadow.get("flips", "-")))
+        ready = _condition(said, "Ready").get("status", "-")
+        roles = (_version(said, "live"), _version(said, "candidate"))
+        table.add_row(body["metadata"]["name"], said.get("phase", "-"), *roles, *numbers, ready)
+    console.print(table)
+    if name:
+        for kind in ("Ready", "Progressing", "Promoted", "Synced"):
+            condition = _condition(found[0].get("status", {}), kind)
+            text = f"{kind}={condition.get('status', '-')} {condition.get('reason', '')} {condition.get('message', '')}"
+            console.print(text.rstrip(), soft_wrap=True, highlight=False, markup=False)
+
+
+async def _request(name: str, verb: str, role: str, deadline_s: float = REQUEST_DEADLINE_S) -> dict[str, Any]:
+    """Ask the operator, and wait until it has answered and come to rest.
+
+    Raises:
+        Conflict: REQUEST_REFUSED.
+        Unavailable: NO_ANSWER.
+    """
+    body = await asyncio.to_thread(_where.get, name)
+    digest = body.get("status", {}).get(role, {}).get("digest", "-") if role else "-"
+    text = f"{verb} {digest} {uuid.uuid4().hex[:12]}"
+    await asyncio.to_thread(_where.patch, name, {"metadata": {"annotations": {REQUEST_ANNOTATION: text}}})
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        said: dict[str, Any] = (await asyncio.to_thread(_where.get, name)).get("status", {})
+        if said.get("lastRequest") == text:
+            if refused := said.get("lastRequestRefused"):
+                raise Conflict("REQUEST_REFUSED", refused)
+            if said["phase"] in _SETTLED or verb == "retry":
+                return said
+        await asyncio.sleep(POLL_S)
+    raise Unavailable("NO_ANSWER", f"the operator has not done it within {deadline_s:.0f} s; is it running?")
+
+
+def _told(name: str, said: dict[str, Any]) -> None:
+    console.print(f"{name}: {said['phase']}, version {_version(said, 'live')} is live", highlight=False)
+
+
+def promote(
+    name: Name, *, force: Annotated[bool, typer.Option("--force", help="Though its gates have not passed.")] = False
+) -> None:
+    """Make the candidate live once its gates have passed."""
+    _told(name, run(_request(name, "force-promote" if force else "promote", "candidate")))
+
+
+def abort(name: Name) -> None:
+    """Turn the candidate down; live stays."""
+    _told(name, run(_request(name, "abort", "candidate")))
+
+
+def rollback(name: Name) -> None:
+    """Go back to the version that was live before."""
+    _told(name, run(_request(name, "rollback", "live", ROLLBACK_DEADLINE_S)))
+
+
+def pause(name: Name) -> None:
+    """Stop the rollout where it is; live goes on."""
+
+    async def work() -> None:
+        await asyncio.to_thread(_where.patch, name, {"spec": {"suspend": True}})
+
+    run(work())
+    console.print(f"{name}: suspended")
+
+
+def resume(name: Name) -> None:
+    """Go on with a suspended rollout, or try again what failed or was turned down."""
+
+    async def work() -> str:
+        body = await asyncio.to_thread(_where.get, name)
+        if body["spec"].get("suspend"):
+            await asyncio.to_thread(_where.patch, name, {"spec": {"suspend": False}})
+            return "goes on"
+        await _request(name, "retry", "")
+        return "is tried again"
+
+    console.print(f"{name}: {run(work())}")
+
+
+def history(name: Name) -> None:
+    """What became of the last versions, newest first."""
+    table = Table("version", "outcome", Column("when"), Column("why", overflow="fold"))
+    for entry in _get(name).get("status", {}).get("history", []):
+        table.add_row(str(entry["version"]), entry["outcome"], entry["at"], entry.get("message", ""))
+    console.print(table)
+
+
+def diff(name: Name) -> None:
+    """What changes once the candidate is live."""
+    body = _get(name)
+    said = body.get("status", {})
+    live, candidate = said.get("live", {}), said.get("candidate", {})
+    table = Table("", "live", "candidate" if candidate else "asked for")
+    source = body["spec"]["source"]
+    other = candidate or {"version": source.get("version", "-"), "digest": source.get("digest", "-")}
+    other.setdefault("threshold", body["spec"].get("threshold"))
+    for key in ("version", "digest", "threshold", "readyReplicas"):
+        sides = [str(side.get(key) if side.get(key) is not None else "-") for side in (live, other)]
+        mark = "[yellow]" if sides[0] != sides[1] and key != "readyReplicas" else ""
+        table.add_row(key, sides[0], mark + sides[1])
+    console.print(table)
+
+
+def report(name: Name) -> None:
+    """What the comparison says, gate by gate."""
+    said = _get(name).get("status", {})
+    shadow = said.get("shadow")
+    if shadow is None:
+        console.print(f"{name}: nothing is compared ({said.get('phase', '-')})")
+        return
+    table = Table("gate", "outcome", Column("numbers", overflow="fold"))
+    for gate in shadow.get("gates", []):
+        table.add_row(gate["gate"], gate["outcome"], gate["reason"])
+    console.print(table)
+    counted = f"{shadow['frames']} frames compared, {shadow['flips']} flips"
+    console.print(f"{name}: {shadow['outcome']}; {counted}, as of {shadow['at']}", highlight=False)
+
+
+def threshold(
+    name: Name,
+    value: Annotated[float, typer.Argument(min=0.0, max=1.0, help="Scores from here on are anomalous.")],
+    *,
+    preview: Annotated[bool, typer.Option("--preview", help="Only say which stored frames would flip.")] = False,
+    storage_address: StorageAddress = DEFAULT_STORAGE,
+    token: Token = None,
+) -> None:
+    """Change the threshold of what is live, without a restart."""
+
+    async def work() -> None:
+        body = await asyncio.to_thread(_where.get, name)
+        live = body.get("status", {}).get("live")
+        if preview:
+            if live is None:
+                raise Conflict("NOTHING_LIVE", f"{name}: no version is live")
+            await _preview(body["spec"]["source"]["model"], live["version"], value, storage_address, token)
+            return
+        await asyncio.to_thread(_where.patch, name, {"spec": {"threshold": value}})
+        console.print(f"{name}: threshold {value:g}", highlight=False)
+
+    run(work())
+
+
+async def _preview(model: str, version: int, value: float, address: str, token: str | None) -> None:
+    """Which of the newest stored frames would get another label."""
+    flips: list[StoredFrame] = []
+    frames = 0
+    async with StorageClient(address, token=token) as storage:
+        async for frame in storage.frames_query(model, version=version, limit=PREVIEW_FRAMES):
+            if frame.verdict is None:
+                continue
+            frames += 1
+            if (frame.verdict.score >= value) != frame.verdict.anomalous:
+                flips.append(frame)
+    table = Table(Column("frame", min_width=36), "camera", "score", "now", "then")
+    for frame in sorted(flips, key=lambda found: -abs(found.verdict.score - value if found.verdict else 0))[:20]:
+        verdict = frame.verdict
+        if verdict is not None:
+            now, then = ("anomalous", "normal") if verdict.anomalous else ("normal", "anomalous")
+            table.add_row(frame.frame_id, frame.camera, f"{verdict.score:.3f}", now, then)
+    if flips:
+        console.print(table)
+    alarms = sum(not frame.verdict.anomalous for frame in flips if frame.verdict)
+    console.print(
+        f"at {value:g}: {len(flips)} of {frames} stored frames of version {version} would flip, "
+        f"{alarms} to anomalous, {len(flips) - alarms} to normal",
+        highlight=False,
+    )
+
+
+VERBS = (status, promote, abort, rollback, pause, resume, history, diff, report, threshold)
+for _verb in VERBS:
+    kubectl.command()(_verb)
+
+
+Folder = Annotated[Path, typer.Option(envvar="VIGIL_LOCAL", help="The platform's folder.")]
+
+
+@local.command()
+def up(folder: Folder = FOLDER) -> None:
+    """Start Valkey, ReductStore and every service, and look after the applied AnomalyModels, until Ctrl-C."""
+    from vigil_cli.local import LocalStack, StackError  # noqa: PLC0415 - needs the demo extra
+    from vigil_cli.local.operator import look_after  # noqa: PLC0415
+
+    async def work() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+        def say(text: str) -> None:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+        try:
+            async with LocalStack(folder, log=say) as stack:
+                addresses = {
+                    "VIGIL_ADDRESS": stack.ingest_address,
+                    "VIGIL_STORAGE_ADDRESS": stack.storage_address,
+                    "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
+                    "VIGIL_REDIS_URL": stack.redis_url,
+                    "VIGIL_LOCAL": str(stack.folder),
+                }
+                lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())
+                (stack.folder / "env").write_text(lines)
+                say(f"up; in other terminals first: source {stack.folder / 'env'}")
+                await look_after(stack, stop)
+        except StackError as error:
+            raise Unavailable("STACK_DOWN", str(error)) from error
+
+    run(work())
+
+
+@local.command("apply")
+def apply_(
+    file: Annotated[Path, typer.Option("--file", "-f", exists=True, dir_okay=False, help="YAML of AnomalyModels.")],
+    *,
+    folder: Folder = FOLDER,
+) -> None:
+    """Ask for what a YAML file says; the same file works with kubectl."""
+
+    async def work() -> list[str]:
+        return await asyncio.to_thread(lambda: ResourceFiles(folder).apply(file.read_text()))
+
+    for name in run(work()):
+        console.print(f"anomalymodel/{name} applied", highlight=False)
+
+
+@local.command()
+def delete(name: Name, *, folder: Folder = FOLDER) -> None:
+    """Remove an AnomalyModel: its workers end, and ingest takes no more frames for it."""
+
+    async def work() -> None:
+        await asyncio.to_thread(ResourceFiles(folder).delete, name)
+
+    run(work())
+    console.print(f"anomalymodel/{name} deleted", highlight=False)
