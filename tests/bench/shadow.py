@@ -45,6 +45,12 @@ MODES = ("off", "on", "stopped")
 STEP = 256
 
 
+def cpu_s(pid: int | None) -> float:
+    """CPU seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def pin(pids: Iterable[int | None], core: int) -> None:
     """Keep processes, with all threads they have, on one core."""
     for pid in pids:
@@ -65,11 +71,14 @@ async def measure_live(seconds: float, rounds: int, folder: Path) -> dict[str, A
         await set_mode(streams, live, None)
         workers = [await stack.add_worker(MODEL, model.version) for model in (live, candidate)]
         beside = [stack.pid(name) for name in ("shadow", workers[1])]
-        pin([os.getpid(), *(stack.pid(name) for name in ("valkey", "reductstore", "storage", "ingest", workers[0]))], 0)
+        path = {name: stack.pid(name) for name in ("valkey", "reductstore", "storage", "ingest", workers[0])}
+        pin([os.getpid(), *path.values()], 0)
         pin(beside, 1)
         rates: dict[str, list[float]] = {mode: [] for mode in MODES}
         p50: dict[str, list[float]] = {mode: [] for mode in MODES}
         p99: dict[str, list[float]] = {mode: [] for mode in MODES}
+        # Milliseconds of CPU for a frame at half load, by part: what other programs on the machine do does not count.
+        cpu_ms: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in path} for mode in MODES}
         async with VigilClient(stack.ingest_address, window=WINDOW) as client:
             await closed_loop(client, cells.test_images, 5)
             half = 0.0
@@ -82,7 +91,10 @@ async def measure_live(seconds: float, rounds: int, folder: Path) -> dict[str, A
                         rates[mode].append((await closed_loop(client, cells.test_images, seconds / 2))["rate"])
                         await drained(stack, streams)
                         half = half or rates["off"][0] / 2
+                        used = {name: cpu_s(pid) for name, pid in path.items()}
                         latencies = await open_loop(client, cells.test_images, seconds, half)
+                        for name, pid in path.items():
+                            cpu_ms[mode][name].append((cpu_s(pid) - used[name]) / len(latencies) * 1000)
                     finally:
                         for pid in beside if mode == "stopped" else ():
                             os.kill(pid or 0, signal.SIGCONT)
@@ -91,7 +103,8 @@ async def measure_live(seconds: float, rounds: int, folder: Path) -> dict[str, A
                     p99[mode].append(float(np.percentile(latencies, 99)))
                     print(
                         f"round {index + 1}, shadow {mode}: {rates[mode][-1]:.1f}/s, at {half:.1f}/s "
-                        f"p50 {p50[mode][-1]:.1f} ms, p99 {p99[mode][-1]:.1f} ms"
+                        f"p50 {p50[mode][-1]:.1f} ms, p99 {p99[mode][-1]:.1f} ms, CPU a frame "
+                        + ", ".join(f"{name} {found[-1]:.2f} ms" for name, found in cpu_ms[mode].items())
                     )
         await streams.close()
     medians = {mode: statistics.median(p99[mode]) for mode in MODES}
@@ -101,6 +114,7 @@ async def measure_live(seconds: float, rounds: int, folder: Path) -> dict[str, A
         "rates": rates,
         "p50_ms": p50,
         "p99_ms": p99,
+        "cpu_ms_per_frame": cpu_ms,
         "p99_ratio_on": medians["on"] / medians["off"],
         "p99_ratio_stopped": medians["stopped"] / medians["off"],
         "rate_ratio_on": statistics.median(rates["on"]) / statistics.median(rates["off"]),

@@ -28,8 +28,7 @@ DEADLINE_S = 10
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "READ_BLOCK_MS", 10)
-    monkeypatch.setattr(module, "AGAIN_S", 0.02)
+    monkeypatch.setattr(module, "ROUND_S", 0.02)
 
 
 class Bench:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vigil_common.streams.ports import ComparedVerdict, ReportStep, ReportStore, RoutingTable, VerdictSource
 
 READ_BLOCK_MS = 500
+# Verdicts gather for so long: a step for each of them would cost Redis as much as the frame does.
+GATHER_S = 0.25
 DISCOVER_EVERY_S = 1.0
 RETRY_S = 0.2
 COUNTED = ("missing", "unmatched", "late", "duplicate", "foreign", "lost", "malformed")
@@ -79,6 +81,7 @@ class Comparer:
         loop = asyncio.get_running_loop()
         renewed = loop.time()
         block_ms = min(READ_BLOCK_MS, self._options.lease_ms // 4)
+        pause_s = min(GATHER_S, self._options.lease_ms / 4000)
         while not stop.is_set():
             if loop.time() - renewed > self._options.lease_ms / 4000:
                 if not await self._source.own(ttl_ms=self._options.lease_ms):
@@ -90,6 +93,8 @@ class Comparer:
             for run, part in groupby(verdicts, key=lambda verdict: str(verdict.comparison)):
                 if not await self._step(run, list(part)):
                     return
+            if 0 < len(verdicts) < self._options.batch_size:
+                await _wait(stop, pause_s)
 
     async def _step(self, run: str, verdicts: list[ComparedVerdict]) -> bool:
         """Add verdicts of one run to its report; False where another owner has been at it."""

@@ -3,6 +3,9 @@
 Only the model's owner runs this, beside its writer: two that label one record would lose each other's labels. As with
 frames, the store's word alone is not durable: a comparison is forgotten once its labels are found again
 `confirm_after_s` after they were written, in the same life of the server.
+
+There is no hurry: a round every `ROUND_S` looks for all frames at once and labels them in one batch, since a look for
+each frame would cost storage as much as storing it.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ if TYPE_CHECKING:
     from vigil_common.streams.ports import ComparisonSource
 
 BATCH = 64
-READ_BLOCK_MS = 250
+ROUND_S = 2.0
+# Labelled in one round: frames of the same entry wait for it.
+MAX_LABELLED = 256
 # Comparisons in hand; past this, no more are taken.
 MAX_IN_HAND = 1_024
-AGAIN_S = 0.5
-UNAVAILABLE_S = 1.0
 # A frame is stored within moments of its verdict; after this long it was dropped by retention, or never will be.
 GIVE_UP_S = 600.0
 # A record stands at its time of capture or some microseconds later; looks over larger gaps than this are apart.
@@ -50,7 +53,7 @@ class _InHand:
     place: str
     comparison: shadow_pb2.Comparison
     since: float
-    due: float
+    due: float = 0.0
     record: tuple[str, int] | None = None
 
 
@@ -100,20 +103,18 @@ class ComparisonLabeller:
         """Label until cancelled, first what an earlier owner left."""
         while True:
             try:
-                await self._collect()
+                while len(self._in_hand) < MAX_IN_HAND and await self._collect():
+                    pass
                 await self._label()
                 await self._confirm()
             except Unavailable as error:
                 log.warning("comparisons_wait", model=self._model, reason=error.reason, message=error.message)
-                await asyncio.sleep(UNAVAILABLE_S)
+            await asyncio.sleep(ROUND_S)
 
-    async def _collect(self) -> None:
-        if len(self._in_hand) >= MAX_IN_HAND:
-            await asyncio.sleep(READ_BLOCK_MS / 1000)
-            return
-        found = await self._source.read(
-            count=BATCH, block_ms=0 if self._replay else READ_BLOCK_MS, pending=self._replay
-        )
+    async def _collect(self) -> bool:
+        """Take more; False where there is nothing more now."""
+        found = await self._source.read(count=BATCH, block_ms=0, pending=self._replay)
+        more = bool(found) or self._replay
         self._replay = self._replay and bool(found)
         now = self._clock()
         for place, blob in found:
@@ -127,12 +128,13 @@ class ComparisonLabeller:
                 await self._source.done([place])
                 continue
             self._held.add(place)
-            self._in_hand.append(_InHand(place, comparison, since=now, due=now))
+            self._in_hand.append(_InHand(place, comparison, since=now))
+        return more
 
     async def _label(self) -> None:
-        """Label those whose frame is stored; the others are looked for again a little later."""
+        """Label those whose frame is stored; the others are looked for again in the next round."""
         now = self._clock()
-        due = [one for one in self._in_hand if one.record is None and one.due <= now][:BATCH]
+        due = [one for one in self._in_hand if one.record is None]
         if not due:
             return
         found = await self._find(due)
@@ -140,7 +142,7 @@ class ComparisonLabeller:
             (one, Labelling(*found[one.comparison.frame_id], labels_of(one.comparison)))
             for one in due
             if one.comparison.frame_id in found
-        ]
+        ][:MAX_LABELLED]
         results = await self._store.label([change for _, change in changes])
         for (one, change), error in zip(changes, results, strict=True):
             if error is None:
@@ -149,9 +151,6 @@ class ComparisonLabeller:
             elif not isinstance(error, NotFound | Unavailable):
                 log.error("comparison_refused", frame_id=one.comparison.frame_id, reason=error.reason)
                 await self._forget([one], "refused")
-        for one in due:
-            if one.record is None:
-                one.due = now + AGAIN_S
         late = [one for one in due if one.record is None and now - one.since > GIVE_UP_S and one.place in self._held]
         if late:
             log.warning("comparisons_without_frame", model=self._model, count=len(late))
@@ -160,7 +159,7 @@ class ComparisonLabeller:
     async def _confirm(self) -> None:
         """Forget those whose labels stand; label the others again."""
         now = self._clock()
-        due = [one for one in self._in_hand if one.record is not None and one.due <= now][: 4 * BATCH]
+        due = [one for one in self._in_hand if one.record is not None and one.due <= now]
         if not due:
             return
         uptime_s = await self._store.uptime_s()
@@ -171,7 +170,6 @@ class ComparisonLabeller:
             return  # a new life of the server: what was found may still be lost
         for one in due:
             one.record = None
-            one.due = now
         await self._forget(stands, "labelled")
 
     async def _forget(self, done: Sequence[_InHand], result: str) -> None:
