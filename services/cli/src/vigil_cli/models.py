@@ -1,21 +1,28 @@
 """`vigil model`: bundles and their versions."""
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.table import Column, Table
 from vigil_client import Model, StorageClient
+from vigil_common.bundle import open_bundle
+from vigil_common.errors import NotLive, VigilError
 from vigil_common.streams.ports import Route
 
 from vigil_cli.options import (
     DEFAULT_REDIS,
     DEFAULT_STORAGE,
+    AsJson,
     RedisUrl,
     StorageAddress,
     Token,
     connect_streams,
     console,
+    errors,
     run,
 )
 from vigil_cli.sources import find_images
@@ -55,7 +62,7 @@ def publish(
 
     async def work() -> Model:
         async with StorageClient(storage_address, token=token) as storage:
-            return await storage.models_publish(bundle.read_bytes(), version=version)
+            return await storage.models_publish(bundle, version=version)
 
     model = run(work())
     how = "published" if model.created else "had been published before"
@@ -75,12 +82,124 @@ def list_(
         async with StorageClient(storage_address, token=token) as storage:
             return await storage.models_list(name)
 
-    table = Table("model", "version", "formats", "bytes", "published", Column("digest", overflow="fold"))
+    table = Table("model", "version", "formats", "bytes", "published", Column("digest", overflow="fold"), "deprecated")
     for model in run(work()):
         published = model.published_at.isoformat(timespec="seconds")
         formats = ", ".join(model.formats)
-        table.add_row(model.name, str(model.version), formats, f"{model.size_bytes:,}", published, model.digest)
+        row = (model.name, str(model.version), formats, f"{model.size_bytes:,}", published, model.digest)
+        table.add_row(*row, model.deprecated)
     console.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    *,
+    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
+    storage_address: StorageAddress = DEFAULT_STORAGE,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one version: who published it when, what it takes and gives, its lineage and metrics."""
+
+    async def work() -> Model:
+        async with StorageClient(storage_address, token=token) as storage:
+            return await storage.models_get(name, version)
+
+    model = run(work())
+    manifest = yaml.safe_load(model.manifest)
+    facts = {
+        "model": model.name,
+        "version": model.version,
+        "digest": model.digest,
+        "bytes": model.size_bytes,
+        "formats": list(model.formats),
+        "published_at": model.published_at.isoformat(timespec="seconds"),
+        "published_by": model.published_by,
+        "deprecated": model.deprecated,
+        "threshold": manifest.get("threshold"),
+        "input": manifest.get("input"),
+        "outputs": manifest.get("outputs"),
+        "parity_samples": len(manifest.get("parity", ())),
+        "lineage": manifest.get("lineage", {}),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    table = Table("what", Column("is", overflow="fold"))
+    for what, value in facts.items():
+        nested = value.items() if isinstance(value, dict) else ()
+        if not nested:
+            table.add_row(what, str(value))
+        for inner, found in nested:
+            table.add_row(f"{what}.{inner}", str(found))
+    console.print(table)
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    *,
+    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="NAME-VERSION.tar where not given.")] = None,
+    storage_address: StorageAddress = DEFAULT_STORAGE,
+    token: Token = None,
+) -> None:
+    """Save a version's bundle; the file appears only once its digest has been checked."""
+
+    async def work() -> Path:
+        async with StorageClient(storage_address, token=token) as storage:
+            model = await storage.models_get(name, version)
+            path = output or Path(f"{model.name}-{model.version}.tar")
+            await storage.models_save(model.name, model.version, path)
+            return path
+
+    console.print(str(run(work())), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The bundle.")],
+    *,
+    digest: Annotated[str, typer.Option(help="What it must hash to.")] = "",
+) -> None:
+    """Check a bundle as a worker does before it serves it: digest, content, and parity on each runtime it is for."""
+    from vigil_inference.model import LoadedModel  # noqa: PLC0415 - loads the runtimes
+
+    table = Table("runtime", "parity sample", "expected", "found", "tolerance")
+    try:
+        content = bundle.read_bytes()
+        for engine in open_bundle(content, expected_digest=digest or None).manifest.artefacts:
+            with tempfile.TemporaryDirectory() as folder:
+                model = LoadedModel(content, Path(folder), engine=engine)
+            for one in model.parity:
+                table.add_row(engine, one.sample, f"{one.expected:.6f}", f"{one.actual:.6f}", f"{one.tolerance:g}")
+            if not model.parity:
+                table.add_row(engine, "none in the bundle", "-", "-", "-")
+    except VigilError as error:
+        errors.print(f"[red]error:[/red] {error.reason}: {error}", highlight=False)
+        raise typer.Exit(1) from error
+    console.print(table)
+    console.print(f"{bundle}: {model.digest}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def deprecate(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    *,
+    version: Annotated[int, typer.Option(help="Which one.")],
+    reason: Annotated[str, typer.Option(help="Why it should not be used any more.")],
+    storage_address: StorageAddress = DEFAULT_STORAGE,
+    token: Token = None,
+) -> None:
+    """Say that a version should not be used any more; it stays, and what runs it goes on."""
+
+    async def work() -> Model:
+        async with StorageClient(storage_address, token=token) as storage:
+            return await storage.models_deprecate(name, version, reason)
+
+    model = run(work())
+    console.print(f"{model.name} version {model.version} is deprecated: {model.deprecated}", soft_wrap=True)
 
 
 @app.command()
@@ -98,6 +217,9 @@ def promote(
     async def work() -> Route:
         async with StorageClient(storage_address, token=token) as storage:
             model = await storage.models_get(name, version)
+        if model.deprecated:
+            what = f"{model.name} version {model.version} is deprecated ({model.deprecated}); promote another"
+            raise NotLive("VERSION_DEPRECATED", what)
         return await make_live(redis_url, model, threshold)
 
     route = run(work())
