@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from vigil_cli import frames, models, rollout, shadow
+from vigil_cli.annotate import annotate
 from vigil_cli.check import check
 from vigil_cli.evaluate import evaluate
+from vigil_cli.export import export
 from vigil_cli.options import console, run
 from vigil_cli.sources import find_images
 from vigil_cli.stream import stream
@@ -16,6 +18,8 @@ app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.
 app.command()(stream)
 app.command()(evaluate)
 app.command()(check)
+app.command()(annotate)
+app.command()(export)
 app.add_typer(frames.app, name="frames")
 app.add_typer(models.app, name="model")
 app.add_typer(shadow.app, name="shadow")
