@@ -190,6 +190,14 @@ async def test_queries_go_by_time_over_entries_and_stop_at_the_limit(stores: Sto
     assert await found(stores.frames, entries=["nothing/x"]) == []
 
 
+async def test_an_entry_outside_of_the_time_asked_for_is_no_error(stores: Stores) -> None:
+    await stores.frames.write([record("early", T0, entry="cells/a"), record("late", T0 + 9, entry="cells/b")])
+    assert await found(stores.frames, start_us=T0 + 5) == ["late"]
+    assert await found(stores.frames, stop_us=T0 + 5) == ["early"]
+    assert await found(stores.frames, start_us=T0 + 5, stop_us=T0 + 5) == []
+    assert await found(stores.frames, start_us=T0 + 6, stop_us=T0 + 5) == []
+
+
 async def test_labels_are_compared_as_text(stores: Stores) -> None:
     values = ["7", "07", "7.0", "1e3", "1000.0", "true", "0123", "123", "nan", "abc", "-5", "+7"]
     await stores.frames.write([record(f"f{i}", T0 + i, v=value) for i, value in enumerate(values)])
@@ -381,6 +389,17 @@ async def test_an_upload_cut_off_raises_what_cut_it_and_can_be_done_again(stores
     assert await download(stores.models, info) == b"ten bytes."
 
 
+async def test_versions_of_several_models_are_told_apart(stores: Stores) -> None:
+    wanted = []
+    for number in (1, 2, 3):
+        for name in ("cells", "nuts"):
+            bundle = f"{name} {number}".encode()
+            info = replace(version(number, bundle, name), manifest=f"name: {name}\n" + "#" * 10 * number + "\n")
+            await publish(stores.models, info, bundle)
+            wanted.append(info)
+    assert await stores.models.list() == sorted(wanted, key=lambda info: (info.name, info.version))
+
+
 async def test_stores_open_by_url(tmp_path: Path) -> None:
     frames, models = await open_stores(f"file://{tmp_path}/a%20b", None)
     await frames.write([record("f1")])
@@ -465,15 +484,19 @@ async def test_after_a_kill_confirm_tells_the_truth_and_writing_again_mends(own_
 async def test_a_bundle_without_its_pointer_is_not_listed_and_can_be_published(server: ReductServer) -> None:
     store = await ReductModelStore.open(server.url, bucket=f"models-{uuid.uuid4().hex[:8]}", settle_s=0)
     info = version(1, b"bundle")
-    await store._bucket.write(f"cells/{info.digest[7:]}", b"half", timestamp=1)
+    await store._bucket.write(f"bundles/cells/{info.digest[7:]}", b"half", timestamp=1)
     assert await store.list() == []
     with pytest.raises(NotFound):
         await store.get("cells")
     await publish(store, info, b"bundle")
     assert await download(store, info) == b"bundle"
-    await store._bucket.remove_record(f"cells/{info.digest[7:]}", 1)
+    await store._bucket.remove_record(f"bundles/cells/{info.digest[7:]}", 1)
     with pytest.raises(DataLost):
         await download(store, info)
+    assert await store.list() == []
+    with pytest.raises(Unavailable) as missing:
+        await store.get("cells", 1)
+    assert missing.value.reason == "BUNDLE_INCOMPLETE"
     await store.close()
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vigil_cli import frames, models, rollout, shadow
+from vigil_cli import frames, models, rollout, shadow, sites
 from vigil_cli.annotate import annotate
 from vigil_cli.check import check
 from vigil_cli.evaluate import evaluate
@@ -23,6 +23,7 @@ app.command()(export)
 app.add_typer(frames.app, name="frames")
 app.add_typer(models.app, name="model")
 app.add_typer(shadow.app, name="shadow")
+app.add_typer(sites.app, name="site")
 app.add_typer(rollout.local, name="local")
 for verb in rollout.VERBS:
     app.command()(verb)

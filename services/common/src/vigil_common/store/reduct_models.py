@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 CHUNK_BYTES = 1 << 20
-POINTERS = "index"
-DEPRECATED = "deprecated"
+BUNDLES, POINTERS, DEPRECATED = "bundles", "index", "deprecated"
 # A digest has one place, whatever versions point at it.
 PLACE = 1
 
@@ -38,9 +37,10 @@ PLACE = 1
 class ReductModelStore:
     """Model versions in one bucket without a quota.
 
-    The bundle stands in entry NAME/DIGEST; a pointer, `index/NAME` at time VERSION, holds its ModelInfo as JSON. Only
-    what has a pointer is listed, and a pointer is written once the whole bundle stands. Why a version is deprecated
-    stands in `deprecated/NAME` at time VERSION, since a published record never changes.
+    The bundle stands in entry `bundles/NAME/DIGEST`; a pointer, `index/NAME` at time VERSION, holds its ModelInfo as
+    JSON. A pointer is written once the whole bundle stands, and only what has both is listed: on its way to an edge
+    the pointer may be first. Why a version is deprecated stands in `deprecated/NAME` at time VERSION, since a published
+    record never changes.
     """
 
     def __init__(self, client: Any, bucket: Any, settle_s: float) -> None:
@@ -168,16 +168,27 @@ class ReductModelStore:
     async def list(self, name: str | None = None) -> list[ModelInfo]:
         """Versions by name and number."""
         async with translated():
-            reasons = {
-                (record.entry, record.timestamp): json.loads(await record.read_all())
-                async for record in self._bucket.query([f"{DEPRECATED}/{name or '*'}"])
-            }
-            pointers = [
-                json.loads(await record.read_all())
-                async for record in self._bucket.query([f"{POINTERS}/{name or '*'}"])
-            ]
-        found = [_info(one, reasons.get((f"{DEPRECATED}/{one['name']}", one["version"]), "")) for one in pointers]
-        return sorted(found, key=lambda info: (info.name, info.version))
+            reasons = await self._read_all(DEPRECATED, name)
+            pointers = await self._read_all(POINTERS, name)
+            found = [_info(fields, reasons.get(place, "")) for place, fields in pointers.items()]
+            sizes = await asyncio.gather(*(self._size(info) for info in found))
+        whole = [info for info, size in zip(found, sizes, strict=True) if size == info.size_bytes]
+        return sorted(whole, key=lambda info: (info.name, info.version))
+
+    async def _read_all(self, kind: str, name: str | None) -> dict[tuple[str, int], Any]:
+        """Small records of one model or all, by name and version.
+
+        One query per entry: of several at once the library takes the bodies in another order than the server sends.
+        """
+        existing = [entry.name for entry in await self._bucket.get_entry_list()]
+        entries = [
+            entry for entry in existing if entry.startswith(f"{kind}/") and name in (None, entry[len(kind) + 1 :])
+        ]
+        return {
+            (entry[len(kind) + 1 :], record.timestamp): json.loads(await record.read_all())
+            for entry in entries
+            async for record in self._bucket.query(entry)
+        }
 
     async def get(self, name: str, version: int | None = None) -> ModelInfo:
         """One version, the newest where none is given."""
@@ -188,6 +199,10 @@ class ReductModelStore:
             raise NotFound("UNKNOWN_MODEL", f"no model {name} has been published")
         async with translated():
             info = await self._pointer(name, version)
+            size = None if info is None else await self._size(info)
+        if info is not None and size != info.size_bytes:
+            what = f"the bundle of {name} version {version} is not all here; it may be on its way from the centre"
+            raise Unavailable("BUNDLE_INCOMPLETE", f"{what}, else publish it again", retry_after_s=5.0)
         if info is None:
             known = await self.list(name)
             reason = "UNKNOWN_VERSION" if known else "UNKNOWN_MODEL"
@@ -212,7 +227,12 @@ class ReductModelStore:
 
 
 def _bundle_entry(name: str, digest: str) -> str:
-    return f"{name}/{digest.removeprefix('sha256:')}"
+    return f"{BUNDLES}/{name}/{digest.removeprefix('sha256:')}"
+
+
+def entries_of(name: str) -> tuple[str, str, str]:
+    """Where everything about a model stands, as wildcards."""
+    return f"{BUNDLES}/{name}/*", f"{POINTERS}/{name}", f"{DEPRECATED}/{name}"
 
 
 def _info(fields: dict[str, Any], deprecated: str) -> ModelInfo:
