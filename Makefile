@@ -9,7 +9,7 @@ REDUCTSTORE_VERSION := 1.21.5
 REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
 RUN := $(UV) run --frozen
 
-.PHONY: help demo demo-shadow test check bench protos reductstore
+.PHONY: help demo demo-shadow test check bench bench-operator protos reductstore
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ check: .venv/.synced ## Lint, format, types, import contracts, generated code, l
 
 bench: .venv/.synced $(REDUCTSTORE) ## The whole path beside the bare model, in one run
 	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.bench $(ARGS)
+
+bench-operator: .venv/.synced ## 200 AnomalyModels against a real API server
+	$(RUN) python -m tests.bench.operator $(ARGS)
 
 protos: .venv/.synced ## Generate protos/gen anew
 	$(RUN) python protos/generate.py

@@ -305,7 +305,7 @@ def _manifest(text: bytes | None) -> Manifest:
         raise InvalidBundle("BUNDLE_FILE_MISSING", f"the bundle has no {MANIFEST}")
     try:
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that are none
         raise InvalidBundle("MANIFEST_INVALID", f"{MANIFEST} is no YAML: {error}") from error
     outputs = content.get("outputs") if isinstance(content, dict) else None
     if isinstance(outputs, dict) and not outputs.get("score"):

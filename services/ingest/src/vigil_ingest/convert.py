@@ -12,6 +12,7 @@ from vigil_ingest.domain import Submission
 
 if TYPE_CHECKING:
     import grpc
+    from google.protobuf.timestamp_pb2 import Timestamp
     from vigil.types.v1 import types_pb2
     from vigil_common.errors import VigilError
 
@@ -26,6 +27,11 @@ def traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     return ""
 
 
+def _microseconds(time: Timestamp) -> int:
+    # Not ToMicroseconds, which raises for what is no date: the application says so with a reason.
+    return time.seconds * 1_000_000 + time.nanos // 1_000
+
+
 def submission(frame: ingest_pb2.Frame, traceparent: str) -> Submission:
     """The frame as the application takes it; without a trace of the call's it begins one."""
     return Submission(
@@ -33,7 +39,7 @@ def submission(frame: ingest_pb2.Frame, traceparent: str) -> Submission:
         model=frame.model,
         model_version=frame.model_version if frame.HasField("model_version") else None,
         camera=frame.camera or DEFAULT_CAMERA,
-        captured_at_us=frame.captured_at.ToMicroseconds() if frame.HasField("captured_at") else None,
+        captured_at_us=_microseconds(frame.captured_at) if frame.HasField("captured_at") else None,
         labels=frame.labels,
         image=frame.image,
         traceparent=continued(traceparent),

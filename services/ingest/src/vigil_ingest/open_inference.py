@@ -30,6 +30,7 @@ VISUALIZATIONS = {
     "full": types_pb2.VISUALIZATION_FULL,
 }
 MAX_IMAGES = 64
+MAX_DIGITS = 20  # of 64 bits
 LENGTH = struct.Struct("<I")
 
 
@@ -138,7 +139,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
 def _version(text: str) -> int | None:
     if not text:
         return None
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > MAX_DIGITS:
         raise NotFound("UNKNOWN_VERSION", f"versions are numbers, not {text[:32]!r}")
     return int(text)
 

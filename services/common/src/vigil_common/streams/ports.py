@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -180,6 +181,12 @@ class OutcomeSource(Protocol):
         ...
 
 
+def _check_threshold(threshold: float | None) -> None:
+    # No score reaches NaN: every frame would be normal, and nobody would see why.
+    if threshold is not None and not math.isfinite(threshold):
+        raise InvalidInput("THRESHOLD_INVALID", f"threshold {threshold}: it must be a finite number")
+
+
 @dataclass(frozen=True, slots=True)
 class Live:
     """The version whose verdicts count.
@@ -188,11 +195,17 @@ class Live:
         version: Its number.
         digest: Its bundle's digest.
         threshold: Serving-time threshold; None where the bundle's own counts.
+
+    Raises:
+        InvalidInput: THRESHOLD_INVALID.
     """
 
     version: int
     digest: str
     threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +219,7 @@ class Candidate:
         sample_fraction: Which part of the frames it gets, over 0 and up to 1; see `sampled`.
 
     Raises:
-        InvalidInput: SAMPLE_FRACTION_INVALID.
+        InvalidInput: SAMPLE_FRACTION_INVALID, THRESHOLD_INVALID.
     """
 
     version: int
@@ -215,6 +228,7 @@ class Candidate:
     sample_fraction: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_threshold(self.threshold)
         if not 0 < self.sample_fraction <= 1:
             raise InvalidInput(
                 "SAMPLE_FRACTION_INVALID", f"sample fraction {self.sample_fraction}: it must be over 0 and at most 1"

@@ -28,7 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from vigil_common.errors import Unavailable
+from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import (
     Admission,
@@ -560,17 +560,15 @@ def _raise_errors(results: list[Any]) -> list[Any]:
     return results
 
 
-class RedisRouting:
-    """Roles of the versions."""
+def route_of(model: str, found: Mapping[bytes, bytes]) -> Route | None:
+    """The routing record; None where nothing is live.
 
-    def __init__(self, connection: _Connection) -> None:
-        self._connection = connection
-
-    async def get(self, model: str) -> Route | None:
-        """The model's route."""
-        found = _fields(await self._connection.command("HGETALL", f"{prefix(model)}routing") or [])
-        if b"version" not in found:
-            return None
+    Raises:
+        Unavailable: ROUTING_UNREADABLE: somebody else wrote into it; who knows an earlier route goes on with that.
+    """
+    if b"version" not in found:
+        return None
+    try:
         candidate = None
         if b"candidate_version" in found:
             candidate = Candidate(
@@ -581,6 +579,21 @@ class RedisRouting:
             )
         live = Live(int(found[b"version"]), found[b"digest"].decode(), _threshold(found[b"threshold"]))
         return Route(model, live, candidate, int(found[b"generation"]), int(found.get(b"comparison", 0)))
+    except (KeyError, ValueError, InvalidInput) as error:
+        raise Unavailable(
+            "ROUTING_UNREADABLE", f"the routing record of {model} is broken ({error}); promote a version again"
+        ) from error
+
+
+class RedisRouting:
+    """Roles of the versions."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+
+    async def get(self, model: str) -> Route | None:
+        """The model's route."""
+        return route_of(model, _fields(await self._connection.command("HGETALL", f"{prefix(model)}routing") or []))
 
     async def models(self) -> list[str]:
         """Every model that has a route, or had one and has frames left."""
