@@ -9,7 +9,7 @@ REDUCTSTORE_VERSION := 1.21.5
 REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
 RUN := $(UV) run --frozen
 
-.PHONY: help demo demo-shadow test check bench bench-operator protos reductstore
+.PHONY: help demo demo-shadow test check bench bench-operator protos fuzz faults soak reductstore
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,15 @@ bench: .venv/.synced $(REDUCTSTORE) ## The whole path beside the bare model, in 
 
 bench-operator: .venv/.synced ## 200 AnomalyModels against a real API server
 	$(RUN) python -m tests.bench.operator $(ARGS)
+
+fuzz: .venv/.synced ## Hostile bytes to all that reads strangers' bytes: SECONDS=300 SEED=random
+	$(RUN) python -m tests.fuzz --seconds $(or $(SECONDS),300) $(if $(SEED),--seed $(SEED))
+
+faults: .venv/.synced $(REDUCTSTORE) ## Kills, freezes, cuts and full disks under a steady stream: SECONDS=600 SEED=random
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.faults --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
+
+soak: .venv/.synced $(REDUCTSTORE) ## Memory, descriptors and threads over a long stream: MINUTES=30
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.soak --minutes $(or $(MINUTES),30)
 
 protos: .venv/.synced ## Generate protos/gen anew
 	$(RUN) python protos/generate.py

@@ -1,7 +1,7 @@
 """`make fuzz SECONDS=… SEED=…`: each target in a process of its own, with bounds on time and memory.
 
-An input that ends in anything but an answer or a `VigilError`, that takes over two seconds, or for which the process grows
-past its bound, is written to `out/fuzz/TARGET-…`. Fix it, and keep the input in `tests/fuzz/corpus/TARGET/`, from where
+An input that ends in anything but an answer or a `VigilError`, that takes over two seconds, or for which the process
+grows past its bound, is written to `out/fuzz/TARGET-…`. Fix it, and keep the input in `tests/fuzz/corpus/TARGET/`, from where
 `make test` runs it ever after. Targets take turns; a target's inputs follow from the seed alone.
 """
 
@@ -18,11 +18,14 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 from tests.fuzz.mutate import MAX_BYTES
 from tests.fuzz.seeds import changed, seeds
 from tests.fuzz.targets import TARGETS, run
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 HANG_S = 2.0
 # A picture of a million pixels decodes into some tens of megabytes.
@@ -83,9 +86,8 @@ def _fuzz(name: str, seconds: float, seed: int, current: Path) -> int:
             seen.add(how)
             if len(pool) < POOL:
                 pool.append(data)
-    print(
-        f"  {name}: {count} inputs, {len(seen)} ways to end, grown {(_rss() - before) >> 20} MiB, broken {len(broken)}"
-    )
+    grown = (_rss() - before) >> 20
+    print(f"  {name}: {count} inputs, {len(seen)} ways to end, grown {grown} MiB, broken {len(broken)}")
     return len(broken)
 
 
@@ -114,9 +116,9 @@ def main() -> int:
         current = OUT / f"{name}.current"
         options = ["--target", name, "--seconds", str(share), "--seed", str(asked.seed), "--child", str(current)]
         try:
-            code = subprocess.run(
-                [sys.executable, "-m", "tests.fuzz", *options], check=False, timeout=share + 60
-            ).returncode
+            with (OUT / f"{name}.log").open("w") as log:  # libtiff's complaints
+                command = [sys.executable, "-m", "tests.fuzz", *options]
+                code = subprocess.run(command, check=False, timeout=share + 60, stderr=log).returncode
         except subprocess.TimeoutExpired:
             code = -signal.SIGALRM
         if code < 0 or code > 100:

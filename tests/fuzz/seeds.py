@@ -77,8 +77,10 @@ def _bundles() -> list[bytes]:
 
 def _manifests() -> list[bytes]:
     return [
-        b"name: cells\nartefacts: {onnxruntime: {path: model.onnx, files: []}}\noutputs: {score: pred_score}\n"
-        b"threshold: 0.5\ninput: {width: 32, height: 32, value_range: [0.0, 1.0]}\nlineage: {a: [1, &x b, *x]}\n"
+        (
+            b"name: cells\nartefacts: {onnxruntime: {path: model.onnx, files: []}}\noutputs: {score: pred_score}\n"
+            b"threshold: 0.5\ninput: {width: 32, height: 32, value_range: [0.0, 1.0]}\nlineage: {a: [1, &x b, *x]}\n"
+        )
     ]
 
 
@@ -128,8 +130,10 @@ def seeds(target: str) -> list[bytes]:
         ],
         "mask": [_encoded(grey, "PNG"), _encoded(grey.convert("1"), "PNG")],
         "routing_record": [
-            b"version\x001\x00digest\x00sha256:1\x00threshold\x00\x00generation\x007\x00comparison\x005\x00"
-            b"candidate_version\x002\x00candidate_digest\x00sha256:2\x00candidate_threshold\x000.5\x00sample_fraction\x000.5"
+            (
+                b"version\x001\x00digest\x00sha256:1\x00threshold\x00\x00generation\x007\x00comparison\x005\x00"
+                b"candidate_version\x002\x00candidate_digest\x00sha256:2\x00candidate_threshold\x000.5\x00sample_fraction\x000.5"
+            )
         ],
         "shadow_outcome": [an_outcome().SerializeToString()],
         "shadow_header": [a_header().SerializeToString()],
