@@ -13,7 +13,7 @@ from PIL import Image
 from vigil_common.bundle import ModelInput
 from vigil_common.errors import InvalidInput
 from vigil_common.images import ImageInfo, inspect
-from vigil_inference.images import decode, to_tensor
+from vigil_common.pixels import decode, to_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, pack
 from vigil_common.errors import InvalidBundle, InvalidInput
-from vigil_inference.images import to_tensor
+from vigil_common.pixels import to_tensor
 from vigil_inference.model import LoadedModel
 from vigil_inference.pipeline import Judged, Pipeline
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from vigil_common.pixels import Tensor
     from vigil_inference.engine import Outputs
-    from vigil_inference.images import Tensor
 
 DEADLINE_S = 10
 

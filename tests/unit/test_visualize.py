@@ -14,7 +14,7 @@ from vigil_inference.pipeline import Judged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from vigil_inference.images import Pixels
+    from vigil_common.pixels import Pixels
 
 GREY = np.full((40, 60), 100, dtype=np.uint8)
 MASK = np.zeros((20, 30), dtype=np.bool_)

@@ -15,7 +15,8 @@ from vigil_inference import visualize
 from vigil_inference.roles import Role
 
 if TYPE_CHECKING:
-    from vigil_inference.images import Pixels
+    from vigil_common.pixels import Pixels
+
     from vigil_inference.model import LoadedModel
     from vigil_inference.pipeline import Judged
 

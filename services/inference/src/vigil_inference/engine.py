@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from vigil_inference.images import Tensor
+    from vigil_common.pixels import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from vigil_common.bundle import Bundle, open_bundle
 from vigil_common.errors import InvalidBundle
+from vigil_common.pixels import Tensor, decode, to_tensor
 
 from vigil_inference.engine import Engine, Outputs
-from vigil_inference.images import Tensor, decode, to_tensor
 
 if TYPE_CHECKING:
     from pathlib import Path

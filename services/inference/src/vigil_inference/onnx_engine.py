@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vigil_common.bundle import Manifest
-
-    from vigil_inference.images import Tensor
+    from vigil_common.pixels import Tensor
 
 
 class OnnxEngine:

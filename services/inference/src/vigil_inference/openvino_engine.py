@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vigil_common.bundle import Manifest
+    from vigil_common.pixels import Tensor
 
     from vigil_inference.engine import Outputs
-    from vigil_inference.images import Tensor
 
 
 class OpenVinoEngine:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from vigil_inference.images import Pixels, Tensor, decode, to_tensor
+from vigil_common.pixels import Pixels, Tensor, decode, to_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -83,7 +82,7 @@ class Pipeline:
         """Judge one image.
 
         Raises:
-            InvalidInput: The image can't be read; see `vigil_inference.images.decode`.
+            InvalidInput: The image can't be read; see `vigil_common.pixels.decode`.
         """
         job = _Job(image, pictures, self._loop.create_future())
         self._pool.submit(self._decode, job)

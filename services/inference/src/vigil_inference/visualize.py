@@ -10,8 +10,7 @@ from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from vigil_inference.images import Pixels
+    from vigil_common.pixels import Pixels
 
 OUTLINE = np.array([255, 40, 40], dtype=np.uint8)
 HEAT_SHARE = 0.45

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, Runtime, pack
 from vigil_common.errors import InvalidBundle
-
-from vigil_trainer.images import decode, to_tensor
+from vigil_common.pixels import decode, to_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +18,7 @@ if TYPE_CHECKING:
 SCORE, LABEL, MAP, MASK = "pred_score", "pred_label", "anomaly_map", "pred_mask"
 PARITY_TOLERANCE = 1e-3
 RANK = 4
+MAX_PIXELS = 50_000_000
 
 
 def import_export(path: Path, *, name: str, parity_images: Sequence[Path] = ()) -> bytes:
@@ -149,11 +148,8 @@ def _describe_openvino(path: Path) -> tuple[ModelInput, ModelOutputs, int | None
 
 def _score(manifest: Manifest, files: dict[str, bytes], image: bytes) -> float:
     """The score as the runtime gives it now."""
-    pixels = decode(image)
-    if manifest.input.width and manifest.input.height:
-        size = (manifest.input.width, manifest.input.height)
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
-    tensor = np.repeat(to_tensor(pixels), manifest.fixed_batch or 1, axis=0)
+    tensor = to_tensor(decode(image, max_pixels=MAX_PIXELS), manifest.input)
+    tensor = np.repeat(tensor, manifest.fixed_batch or 1, axis=0)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             target = Path(folder) / name

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, pack
 from vigil_common.errors import InvalidInput
+from vigil_common.pixels import decode, flat, to_tensor
 
 from vigil_trainer import metrics, padim
 from vigil_trainer.features import INPUT, FeatureExtractor, open_session
-from vigil_trainer.images import decode, to_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +29,8 @@ Progress = Callable[[int, int], None]
 
 FEWEST_IMAGES = 4
 MODEL_PATH = "onnx/model.onnx"
+SPEC = ModelInput(name=INPUT)
+MAX_PIXELS = 50_000_000
 _FOLDS = 4
 _NORMAL_QUANTILE = 0.95
 # Without abnormal images: how far these go above normal ones is unknown, and a score must not stop at 1 too early.
@@ -79,7 +81,7 @@ def train(
         parity: How many images go into the bundle with their scores.
 
     Raises:
-        InvalidInput: TOO_FEW_IMAGES, MASK_SIZE_MISMATCH, or as `vigil_trainer.images.decode`.
+        InvalidInput: TOO_FEW_IMAGES, MASK_SIZE_MISMATCH, or as `vigil_common.pixels.decode`.
     """
     if len(normal) < FEWEST_IMAGES:
         raise InvalidInput("TOO_FEW_IMAGES", f"training needs {FEWEST_IMAGES} normal images, there are {len(normal)}")
@@ -88,7 +90,7 @@ def train(
     total = len(normal) + len(abnormal)
     features = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in pool.map(lambda image: extract(to_tensor(_pixels(image)))[0], [*normal, *abnormal]):
+        for found in pool.map(lambda image: extract(to_tensor(_pixels(image), SPEC))[0], [*normal, *abnormal]):
             features.append(found)
             if progress:
                 progress(len(features), total)
@@ -117,12 +119,12 @@ def _measured(
     session = open_session(graph) if masks else None
     for place, mask in masks.items():
         pixels = _pixels(abnormal[place])
-        truth = _pixels(mask)[..., 0] > 0
+        truth = flat(_pixels(mask)) > 0
         if truth.shape != pixels.shape[:2]:
             sizes = f"{truth.shape[1]}x{truth.shape[0]}, its image {pixels.shape[1]}x{pixels.shape[0]}"
             raise InvalidInput("MASK_SIZE_MISMATCH", f"the mask of abnormal image {place} is {sizes}")
         if session is not None:
-            found.add(np.squeeze(session.run([padim.MAP], {INPUT: to_tensor(pixels)})[0]), truth)
+            found.add(np.squeeze(session.run([padim.MAP], {INPUT: to_tensor(pixels, SPEC)})[0]), truth)
     return found
 
 
@@ -165,12 +167,12 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: 
         encoded = io.BytesIO()
         Image.fromarray(pixels).save(encoded, "PNG")
         files[path] = encoded.getvalue()
-        score = session.run([padim.SCORE], {INPUT: to_tensor(pixels)})[0][0]
+        score = session.run([padim.SCORE], {INPUT: to_tensor(pixels, SPEC)})[0][0]
         parity.append(ParitySample(image=path, score=float(score)))
     manifest = Manifest(
         name=name,
         artefacts={"onnxruntime": Artefact(path=MODEL_PATH, files=(MODEL_PATH,))},
-        input=ModelInput(name=INPUT),
+        input=SPEC,
         outputs=ModelOutputs(score=padim.SCORE, label=padim.LABEL, map=padim.MAP, mask=padim.MASK),
         parity=tuple(parity),
         lineage={
@@ -183,4 +185,4 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: 
 
 
 def _pixels(image: Path | bytes) -> NDArray[np.uint8]:
-    return decode(image if isinstance(image, bytes) else image.read_bytes())
+    return decode(image if isinstance(image, bytes) else image.read_bytes(), max_pixels=MAX_PIXELS)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 from vigil_common.errors import InvalidInput
+from vigil_common.pixels import decode, flat, to_tensor
 from vigil_inference import visualize
-from vigil_inference.images import decode, to_tensor
 from vigil_trainer.metrics import Confusion, PixelMetrics, auroc, best_f1, confusion
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-    from vigil_inference.images import Pixels
+    from vigil_common.pixels import Pixels
     from vigil_inference.model import LoadedModel
 
     from vigil_cli.evaluation.dataset import Item
@@ -137,15 +137,11 @@ def evaluate(
 def _truth(item: Item, pixels: Pixels) -> NDArray[np.bool_]:
     if item.mask is None:
         return np.zeros(pixels.shape[:2], dtype=bool)
-    truth = _flat(decode(item.mask.read_bytes(), max_pixels=MAX_PIXELS)) > 0
+    truth = flat(decode(item.mask.read_bytes(), max_pixels=MAX_PIXELS)) > 0
     if truth.shape != pixels.shape[:2]:
         sizes = f"{truth.shape[1]}x{truth.shape[0]} and {pixels.shape[1]}x{pixels.shape[0]}"
         raise InvalidInput("MASK_SIZE_MISMATCH", f"{item.mask} is not of its image's size: {sizes}")
     return truth
-
-
-def _flat(pixels: Pixels) -> Pixels:
-    return pixels if pixels.ndim == 2 else pixels.max(axis=2)  # noqa: PLR2004 - grey has two axes
 
 
 def _picture(

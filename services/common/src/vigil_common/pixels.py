@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
 from vigil_common.errors import InvalidInput
 from vigil_common.images import open_header
 
@@ -61,6 +62,11 @@ def _to_eight_bits(image: Image.Image) -> Pixels:
     """Grey of 16 bits (or of 32 that hold 16) by 257; Pillow's own conversion would clip at 255."""
     values = np.asarray(image, dtype=np.float64)
     return np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8)
+
+
+def flat(pixels: Pixels) -> Pixels:
+    """Height x width, as of a mask: the brightest channel."""
+    return pixels if pixels.ndim == 2 else pixels.max(axis=2)  # noqa: PLR2004 - grey has two axes
 
 
 def to_tensor(pixels: Pixels, spec: ModelInput) -> Tensor:
