@@ -19,6 +19,7 @@ import signal
 import statistics
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def pin(pids: Iterable[int | None], core: int) -> None:
     """Keep processes, with all threads they have, on one core."""
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").iterdir():
-            os.sched_setaffinity(int(task.name), {core})
+            with suppress(ProcessLookupError):  # a thread that has just ended
+                os.sched_setaffinity(int(task.name), {core})
 
 
 async def measure_live(seconds: float, rounds: int, folder: Path) -> dict[str, Any]:
