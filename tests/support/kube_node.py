@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from vigil_operator.cluster import Api
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER}"
-POLL_S = 0.05
 Manifest = dict[str, Any]
 
 
@@ -54,12 +53,14 @@ class Node:
 
     Attributes:
         api: The API server.
+        poll_s: How often it looks.
         broken: Container statuses of a version's pods by digest; ready where none is given.
         says: The digest that a version's pods say they have loaded, by digest.
         parity_failed: Digests whose parity samples come out otherwise.
     """
 
     api: Api
+    poll_s: float = 0.05
     broken: dict[str, Manifest] = field(default_factory=dict)
     says: dict[str, str] = field(default_factory=dict)
     parity_failed: set[str] = field(default_factory=set)
@@ -72,7 +73,7 @@ class Node:
         """Look at the Deployments again and again."""
         while True:
             await self.once()
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(self.poll_s)
 
     async def once(self) -> None:
         deployments = await self.api.list("apps/v1", "Deployment", None, SELECTOR)
