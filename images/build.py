@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "docker.io/library/python:3.11-slim-bookworm"
 # Over the base image, in MB.
-LIMITS_MB = {"ingest": 150, "storage": 150, "shadow": 150, "operator": 150, "inference": 500, "cli": 500}
+LIMITS_MB = {"ingest": 150, "storage": 150, "shadow": 150, "review": 150, "operator": 150, "inference": 500, "cli": 500}
 _UNITS = {"B": 1e-6, "KB": 1e-3, "MB": 1.0, "GB": 1e3}
 
 

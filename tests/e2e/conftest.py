@@ -44,7 +44,7 @@ def _build_images() -> None:
         image = f"localhost/vigil/{name}:{TAG}"
         node.build_image(["--quiet", "-f", str(ROOT / f"tests/e2e/images/{name}.Dockerfile"), "-t", image, str(folder)])
         images.append(image)
-    for name in ("ingest", "storage", "shadow"):
+    for name in ("ingest", "storage", "shadow", "review"):
         following = f"localhost/vigil/{name}:{NEXT_TAG}"
         subprocess.run(["buildah", "tag", f"localhost/vigil/{name}:{TAG}", following], check=True)
         images.append(following)

@@ -204,22 +204,26 @@ spec:
             {{- if and (eq .component "storage") (include "vigil.storeCaSecret" .root) }}
             - {name: SSL_CERT_FILE, value: /etc/vigil/store-ca/ca.crt}
             {{- end }}
+          {{- $probe := "grpc: {port: 50060}" }}
+          {{- if .http }}{{ $probe = printf "httpGet: {path: %s, port: http, scheme: %s}" .http (ternary "HTTPS" "HTTP" .root.Values.tls.enabled) }}{{ end }}
           ports:
-            - {name: grpc, containerPort: {{ .port }}}
+            - {name: {{ ternary "http" "grpc" (not (empty .http)) }}, containerPort: {{ .port }}}
             - {name: metrics, containerPort: 9090}
+            {{- if not .http }}
             - {name: health, containerPort: 50060}
+            {{- end }}
           # Ten minutes: its Redis or store may still be coming.
           startupProbe:
-            grpc: {port: 50060}
+            {{ $probe }}
             periodSeconds: 1
             timeoutSeconds: 5
             failureThreshold: 600
           readinessProbe:
-            grpc: {port: 50060}
+            {{ $probe }}
             periodSeconds: 5
             timeoutSeconds: 5
           livenessProbe:
-            grpc: {port: 50060}
+            {{ $probe }}
             periodSeconds: 10
             timeoutSeconds: 10
             failureThreshold: 6
@@ -269,7 +273,7 @@ spec:
 
 {{/* Hosts that the certificate is for. */}}
 {{- define "vigil.hosts" -}}
-{{- range list "ingest" "ingest-pods" "storage" "shadow" "valkey" "reductstore" }}
+{{- range list "ingest" "ingest-pods" "storage" "shadow" "review" "valkey" "reductstore" }}
 {{- $host := printf "%s-%s" (include "vigil.fullname" $) . }}
 - {{ $host }}
 - {{ $host }}.{{ $.Release.Namespace }}

@@ -1,0 +1,234 @@
+"""What every installation must be, whatever its values: rendered by the real helm, no cluster needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.e2e.cluster import programs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHARTS = Path(__file__).resolve().parents[2] / "charts"
+MATRIX = sorted(CHARTS.glob("*/ci/*-values.yaml"))
+
+pytestmark = pytest.mark.skipif(not programs.can_have("helm"), reason="helm is built with Go, which is not installed")
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # Helm as built from its module does not know which Kubernetes it was made for.
+    command = [programs.ensure("helm"), *arguments, "--kube-version", "1.29.0"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@lru_cache
+def rendered(values: Path) -> tuple[dict[str, Any], ...]:
+    done = helm("template", "vigil", str(values.parents[1]), "--namespace", "here", "--values", str(values))
+    assert done.returncode == 0, done.stderr
+    return tuple(part for part in yaml.safe_load_all(done.stdout) if part)
+
+
+def refused(chart: str, *settings: str) -> str:
+    done = helm("template", "vigil", str(CHARTS / chart), *(f"--set={setting}" for setting in settings))
+    assert done.returncode != 0, f"{settings} was taken"
+    return done.stderr
+
+
+def pods(values: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and pod template of everything that runs."""
+    for part in rendered(values):
+        name = part["metadata"]["name"]
+        if part["kind"] == "Pod":
+            yield name, part
+        elif part["kind"] in ("Deployment", "StatefulSet"):
+            yield name, part["spec"]["template"] | {"kind": part["kind"]}
+
+
+def of_kind(values: Path, kind: str) -> list[dict[str, Any]]:
+    return [part for part in rendered(values) if part["kind"] == kind]
+
+
+each_installation = pytest.mark.parametrize("values", MATRIX, ids=lambda path: f"{path.parents[1].name}/{path.stem}")
+
+
+@each_installation
+def test_helm_finds_nothing_to_complain_about(values: Path) -> None:
+    done = helm("lint", "--strict", str(values.parents[1]), "--values", str(values))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@each_installation
+def test_every_pod_is_restricted_and_has_no_token_it_does_not_need(values: Path) -> None:
+    for name, pod in pods(values):
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True, name
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert spec["automountServiceAccountToken"] is (name.endswith("operator")), name
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, name
+            assert container["resources"]["requests"], name
+            assert container["resources"]["limits"]["memory"], name
+
+
+@each_installation
+def test_every_running_part_is_probed_in_three_ways(values: Path) -> None:
+    for name, pod in pods(values):
+        if pod["kind"] == "Pod":
+            continue
+        for container in pod["spec"]["containers"]:
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys(), name
+
+
+@each_installation
+def test_no_secret_is_written_down(values: Path) -> None:
+    assert not of_kind(values, "Secret")
+    for name, pod in pods(values):
+        for container in pod["spec"]["containers"]:
+            for variable in container.get("env", ()):
+                secret = any(word in variable["name"] for word in ("PASSWORD", "TOKEN", "KEY"))
+                assert not secret or variable["name"].endswith(("_FILE", "_SECRET", "_PATH")), (name, variable)
+
+
+@each_installation
+def test_services_find_their_pods_and_policies_cover_them(values: Path) -> None:
+    labels = [pod["metadata"]["labels"] for _, pod in pods(values)]
+
+    def selects(selector: dict[str, str]) -> bool:
+        return any(selector.items() <= found.items() for found in labels)
+
+    for service in of_kind(values, "Service"):
+        assert selects(service["spec"]["selector"]), service["metadata"]["name"]
+    policies = [policy["spec"]["podSelector"]["matchLabels"] for policy in of_kind(values, "NetworkPolicy")]
+    for found in labels:
+        assert any(policy.items() <= found.items() for policy in policies), found
+
+
+@pytest.mark.parametrize(
+    "values", [path for path in MATRIX if path.parents[1].name == "vigil"], ids=lambda path: path.stem
+)
+def test_a_stopping_pod_has_time_to_drain(values: Path) -> None:
+    for name, pod in pods(values):
+        for container in pod["spec"]["containers"]:
+            drain = {variable["name"]: variable.get("value") for variable in container.get("env", ())}.get(
+                "VIGIL_DRAIN_S"
+            )
+            if drain is not None:
+                leaving = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+                assert pod["spec"]["terminationGracePeriodSeconds"] >= float(drain) + leaving + 5, name
+
+
+def test_queue_and_store_volumes_outlive_the_release() -> None:
+    sets = of_kind(CHARTS / "vigil" / "ci" / "minimal-values.yaml", "StatefulSet")
+    assert {part["metadata"]["name"] for part in sets} == {"vigil-valkey", "vigil-reductstore"}
+    for part in sets:
+        assert part["spec"]["persistentVolumeClaimRetentionPolicy"]["whenDeleted"] == "Retain"
+
+
+def test_the_definition_outlives_the_release() -> None:
+    (definition,) = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "CustomResourceDefinition")
+    assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+    assert definition["metadata"]["name"] == "anomalymodels.vigil.dev"
+
+
+def test_the_operator_may_only_what_it_does() -> None:
+    values = CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml"
+    (role,) = [
+        part for part in of_kind(values, "ClusterRole") if part["metadata"]["name"] == "vigil-vigil-operator"
+    ] or [part for part in of_kind(values, "ClusterRole") if "edit" not in part["metadata"]["name"]]
+    granted = {resource for rule in role["rules"] for resource in rule["resources"]}
+    assert "secrets" not in granted
+    assert all("*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"] for rule in role["rules"])
+    # In some namespaces only, it has no rights in the cluster.
+    namespaced = CHARTS / "vigil-operator" / "ci" / "full-values.yaml"
+    assert not of_kind(namespaced, "ClusterRoleBinding")
+    assert {part["metadata"]["namespace"] for part in of_kind(namespaced, "Role")} == {"line-1", "line-2"}
+
+
+def test_the_operator_asks_where_the_platform_is() -> None:
+    platform = {
+        part["metadata"]["name"] for part in of_kind(CHARTS / "vigil" / "ci" / "minimal-values.yaml", "Service")
+    }
+    (deployment,) = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "Deployment")
+    env = {
+        part["name"]: part.get("value", "") for part in deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    for address in (
+        env["VIGIL_STORAGE_ADDRESS"],
+        env["VIGIL_SHADOW_ADDRESS"],
+        env["VIGIL_REDIS_URL"].partition("//")[2],
+    ):
+        name, namespace, kind = address.partition(":")[0].split(".")
+        assert name in platform
+        assert (namespace, kind) == ("default", "svc") or namespace == "here"
+
+
+def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
+    sources = "".join(
+        path.read_text() for folder in ("services", "operator") for path in (CHARTS.parent / folder).rglob("*.py")
+    )
+    (rules,) = of_kind(CHARTS / "vigil" / "ci" / "full-values.yaml", "PrometheusRule")
+    asked = json.dumps(rules) + "".join(path.read_text() for path in (CHARTS / "vigil" / "dashboards").glob("*.json"))
+    names = set(re.findall(r"vigil_[a-z_]+", asked))
+    assert len(names) >= 8
+    for name in names:
+        base = name
+        for suffix in ("_bucket", "_sum", "_count"):
+            base = base.removesuffix(suffix)
+        assert f'"{base}"' in sources, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("valkey.enabled=false",), "No Redis: set externalRedis.url"),
+        (("externalRedis.url=redis://there:6379",), "Two Redis"),
+        (("reductstore.enabled=false",), "No ReductStore: set externalReductStore.url"),
+        (("tls.enabled=true",), "TLS without a certificate"),
+        (("tls.enabled=true", "tls.certManager.enabled=true"), "cert-manager without an issuer"),
+        (("tls.clientCertificates=true",), "needs tls.enabled"),
+        (("auth.enabled=true",), "Tokens without Secrets"),
+        (("auth.enabled=true", "auth.tokensSecret=a", "auth.serviceTokenSecret=b"), "auth.enabled needs tls.enabled"),
+        (("storage.confirmAfterSeconds=1",), "must be over reductstore.compactionIntervalSeconds"),
+        (("ingest.autoscaling.enabled=true", "ingest.autoscaling.minReplicas=9"), "minReplicas is over maxReplicas"),
+        (("valkey.enabled=false", "externalRedis.url=redis://user:secret@there:6379"), "/externalRedis/url"),
+        (("ingest.replica=3",), "replica"),
+        (("storage.batchSize=65",), "batchSize"),
+        (("valkey.appendfsync=no",), "appendfsync"),
+        (("image.pullPolicy=Sometimes",), "pullPolicy"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_can_not_work_is_refused_with_a_sentence(settings: tuple[str, ...], says: str) -> None:
+    assert says in refused("vigil", *settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("platform.redisUrl=rediss://there:6379",), "Redis over TLS without its authority"),
+        (("secrets.token=a",), "secrets.token needs secrets.tls"),
+        (("replicas=2",), "replicas"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_operators_chart_refuses_with_a_sentence(settings: tuple[str, ...], says: str) -> None:
+    assert says in refused("vigil-operator", *settings)
+
+
+def test_every_value_is_documented_and_its_schema_closed() -> None:
+    for chart in ("vigil", "vigil-operator"):
+        schema = json.loads((CHARTS / chart / "values.schema.json").read_text())
+        assert schema["additionalProperties"] is False
+    assert "`ingest.replicas`" in (CHARTS / "vigil" / "README.md").read_text()
