@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not programs.can_have("helm"), reason="helm is b
 
 def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Helm as built from its module does not know which Kubernetes it was made for.
-    command = [programs.ensure("helm"), *arguments, "--kube-version", "1.29.0"]
+    command = [str(programs.ensure("helm")), *arguments, "--kube-version", "1.29.0"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
