@@ -41,7 +41,7 @@ HEADERS = {
     # A page that comes back from the browser's store would say the same thing twice.
     "Cache-Control": "no-store",
 }
-ASSETS = {"style.css": "text/css", "review.js": "text/javascript"}
+ASSETS = {"style.css": "text/css", "review.js": "text/javascript", "icon.svg": "image/svg+xml"}
 QUEUE_SIZE = 10
 SPANS_MIN = (5, 60, 24 * 60)
 # Grace for the form around the mask.
@@ -106,6 +106,10 @@ def _when(time: datetime) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
+def _see(location: str) -> web.Response:
+    return web.Response(status=303, headers={"Location": location})
+
+
 def _page(request: web.Request, template: str, *, status: int = 200, **values: Any) -> web.Response:
     session: Session | None = request.get(SESSION)
     notice, csrf, name = "", "", ""
@@ -124,8 +128,6 @@ async def _answered(
     result = "shown"
     try:
         response = await handler(request)
-    except web.HTTPRedirection as redirect:
-        response = redirect
     except web.HTTPException as error:
         result = "refused"
         response = _page(request, "error.html", status=error.status, message=error.text or error.reason)
@@ -135,9 +137,10 @@ async def _answered(
     except BackendError as error:
         if error.code is grpc.StatusCode.UNAUTHENTICATED:
             request.app[SESSIONS].end(request.cookies.get(COOKIE, ""))
-            response = web.HTTPSeeOther("/login")
+            response = _see("/login")
         else:
             status = STATUSES.get(error.code, 502)
+            log.warning("refused", code=error.code.name, message=str(error))
             result = "away" if status >= 500 else "refused"  # noqa: PLR2004
             response = _page(request, "error.html", status=status, message=str(error))
     metrics.PAGES.labels(result).inc()
@@ -161,7 +164,7 @@ async def _logged_in(
     if session is None:
         if request.method == "POST":
             raise web.HTTPUnauthorized(text="you have been logged out: log in in another tab, then repeat")
-        raise web.HTTPSeeOther("/login")
+        return _see("/login")
     request[SESSION] = session
     if request.method == "POST":
         form = await request.post()
@@ -197,19 +200,20 @@ async def _login(request: web.Request) -> web.Response:
     try:
         await request.app[BACKEND].models(token)
     except BackendError as error:
+        log.warning("login_refused", code=error.code.name, message=str(error))
         refused = error.code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
         return _page(request, "login.html", status=403 if refused else 503, message=str(error))
-    response = web.HTTPSeeOther("/")
+    response = _see("/")
     key = request.app[SESSIONS].begin(name, token)
     response.set_cookie(COOKIE, key, httponly=True, samesite="Strict", secure=request.app[SECURE], path="/")
-    raise response
+    return response
 
 
 async def _logout(request: web.Request) -> web.Response:
     request.app[SESSIONS].end(request.cookies.get(COOKIE, ""))
-    response = web.HTTPSeeOther("/login")
+    response = _see("/login")
     response.del_cookie(COOKIE, path="/")
-    raise response
+    return response
 
 
 async def _models(request: web.Request) -> web.Response:
@@ -260,7 +264,7 @@ async def _next(request: web.Request) -> web.Response:
     if not waiting:
         return _page(request, "done.html", model=model)
     frame_id, camera, why = waiting.popleft()
-    raise web.HTTPSeeOther(f"{_place(model, camera, frame_id)}?why={quote(why)}")
+    return _see(f"{_place(model, camera, frame_id)}?why={quote(why)}")
 
 
 async def _detail(request: web.Request) -> Detail:
@@ -328,4 +332,4 @@ async def _annotate(request: web.Request) -> web.Response:
     session.notice = f"{label}{' with a mask' if mask else ''}: kept"
     if not applied:
         session.notice += ", and will show on the frame once the store is back"
-    raise web.HTTPSeeOther(f"/m/{quote(found['model'], safe='')}/next")
+    return _see(f"/m/{quote(found['model'], safe='')}/next")

@@ -60,6 +60,7 @@ async function load(address) {
     found.data.set([255, 32, 32, on ? 255 : 0], place);
   }
   pen.putImageData(found, 0, 0);
+  if (!marked()) say("that mask marks nothing");
 }
 
 function point(event) {
