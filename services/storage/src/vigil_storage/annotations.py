@@ -194,65 +194,85 @@ class AnnotationKeeper:
             self._in_hand.append(_InHand(queued, Annotation.decode(queued.body), since=self._clock()))
 
     async def _apply(self, todo: Sequence[_InHand]) -> None:
-        """Write, then label, each in the order of the log."""
-        for one in todo:
-            said, place = one.annotation, one.queued.place
-            if not one.written:
-                for record in records_of(said, place, one.queued.mask):
-                    (result,) = await self._annotations.write([record])
-                    if isinstance(result, Unavailable):
-                        raise result
-                    if isinstance(result, Written):
-                        one.written[result.timestamp_us] = record.labels["sha256"]
-                    else:
-                        log.error("annotation_refused", annotation_id=said.annotation_id, message=str(result))
-                one.due = self._clock() + self._confirm_after_s
-            one.labelled = await self._label(one)
+        """Write, then label, in the order of the log."""
+        for start in range(0, len(todo), BATCH):
+            batch = todo[start : start + BATCH]
+            await self._write([one for one in batch if not one.written])
+            await self._label(batch)
         gone = [one for one in todo if not one.labelled and self._clock() - one.since > GIVE_UP_S]
         if gone:
             log.warning("annotations_without_frame", model=self._model, count=len(gone))
             for one in gone:
                 one.labelled = True
 
-    async def _label(self, one: _InHand) -> bool:
-        """Let the frame's labels say it, unless they say something later."""
-        said, place = one.annotation, one.queued.place
-        if await self._stands(one):
-            return True
-        change = Labelling(said.entry, said.frame_at_us, labels_of(said, place))
-        (error,) = await self._frames.label([change])
-        if isinstance(error, Unavailable):
-            raise error
-        if error is not None and not isinstance(error, NotFound):
-            log.error("annotation_label_refused", annotation_id=said.annotation_id, reason=error.reason)
-        return error is None
+    async def _write(self, batch: Sequence[_InHand]) -> None:
+        records = [
+            (one, record) for one in batch for record in records_of(one.annotation, one.queued.place, one.queued.mask)
+        ]
+        if not records:
+            return
+        results = await self._annotations.write([record for _, record in records])
+        for (one, record), result in zip(records, results, strict=True):
+            if isinstance(result, Written):
+                one.written[result.timestamp_us] = record.labels["sha256"]
+            elif not isinstance(result, Unavailable):
+                log.error("annotation_refused", annotation_id=one.annotation.annotation_id, message=str(result))
+        away = [result for result in results if isinstance(result, Unavailable)]
+        if away:
+            for one in batch:  # whatever stands already is found there
+                one.written = {}
+            raise away[0]
+        for one in batch:
+            one.due = self._clock() + self._confirm_after_s
 
-    async def _stands(self, one: _InHand) -> bool:
-        """Whether the frame's labels say this, or something said later."""
-        frame = await record_at(self._frames, one.annotation.entry, one.annotation.frame_at_us)
-        if frame is None or frame.labels["frame_id"] != one.annotation.frame_id:
-            return False
-        return order_of(frame.labels.get("human_order", "0")) >= order_of(one.queued.place)
+    async def _label(self, batch: Sequence[_InHand]) -> None:
+        """Let the frames' labels say it, unless they say something later."""
+        stand = await self._standing(batch)
+        todo = [one for one in batch if one not in stand]
+        last = {(one.annotation.entry, one.annotation.frame_at_us): one for one in todo}
+        changes = [Labelling(*place, labels_of(one.annotation, one.queued.place)) for place, one in last.items()]
+        results = dict(zip(last, await self._frames.label(changes), strict=True)) if changes else {}
+        for one in stand:
+            one.labelled = True
+        for one in todo:
+            error = results[one.annotation.entry, one.annotation.frame_at_us]
+            one.labelled = error is None
+            if error is not None and not isinstance(error, NotFound | Unavailable):
+                log.error("annotation_label_refused", annotation_id=one.annotation.annotation_id, reason=error.reason)
+
+    async def _standing(self, some: Sequence[_InHand]) -> list[_InHand]:
+        """Those that their frames' labels say, or that were followed by something that they say."""
+
+        async def stands(one: _InHand) -> bool:
+            frame = await record_at(self._frames, one.annotation.entry, one.annotation.frame_at_us)
+            if frame is None or frame.labels["frame_id"] != one.annotation.frame_id:
+                return False
+            return order_of(frame.labels.get("human_order", "0")) >= order_of(one.queued.place)
+
+        found = await asyncio.gather(*map(stands, some))
+        return [one for one, there in zip(some, found, strict=True) if there]
 
     async def _confirm(self) -> None:
         """Forget what stands; what vanished is written again."""
         now = self._clock()
-        due = [one for one in self._in_hand if one.labelled and one.due <= now]
+        due = [one for one in self._in_hand if one.labelled and one.due <= now][:BATCH]
         if not due:
             return
         uptime_s = await self._annotations.uptime_s()
         if uptime_s < self._confirm_after_s:
             return
-        kept: list[_InHand] = []
-        for one in due:
-            found = await self._annotations.confirm(one.annotation.entry, one.written)
-            frame_gone = now - one.since > GIVE_UP_S
-            if found == one.written.keys() and (frame_gone or await self._stands(one)):
-                kept.append(one)
-            else:
-                one.written, one.labelled = {}, False
+        found = await asyncio.gather(*(self._annotations.confirm(one.annotation.entry, one.written) for one in due))
+        stand = await self._standing(due)
         if await self._annotations.uptime_s() < uptime_s:
             return  # a new life of the server: what was found may still be lost
+        kept = [
+            one
+            for one, times in zip(due, found, strict=True)
+            if times == one.written.keys() and (one in stand or now - one.since > GIVE_UP_S)
+        ]
+        for one in due:
+            if one not in kept:
+                one.written, one.labelled = {}, False
         if len(kept) < len(due):
             log.warning("annotations_vanished", model=self._model, count=len(due) - len(kept))
         await self._source.done(self._model, [one.queued for one in kept])
