@@ -243,12 +243,12 @@ def disagreements(
                 side.ClearField("anomaly_map")
             typer.echo(json.dumps(MessageToDict(one, preserving_proto_field_name=True)))
         return
-    table = Table(Column("frame", min_width=36), "camera", "captured", "live", "candidate", "severity")
+    folded = (Column(name, overflow="fold") for name in ("camera", "live", "candidate", "severity"))
+    table = Table(Column("frame", min_width=36), *folded)
     for one in found:
         table.add_row(
             one.frame_id,
             one.camera,
-            one.captured_at.ToDatetime().isoformat(timespec="seconds"),
             _said(one.live),
             _said(one.candidate),
             f"{one.severity:.3f}",
