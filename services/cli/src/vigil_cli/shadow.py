@@ -243,16 +243,10 @@ def disagreements(
                 side.ClearField("anomaly_map")
             typer.echo(json.dumps(MessageToDict(one, preserving_proto_field_name=True)))
         return
-    folded = (Column(name, overflow="fold") for name in ("camera", "live", "candidate", "severity"))
-    table = Table(Column("frame", min_width=36), *folded)
+    table = Table(Column("frame", min_width=36), Column("camera", overflow="fold"), "live → candidate", "severity")
     for one in found:
-        table.add_row(
-            one.frame_id,
-            one.camera,
-            _said(one.live),
-            _said(one.candidate),
-            f"{one.severity:.3f}",
-        )
+        said = f"{_said(one.live)} → {_said(one.candidate)}"
+        table.add_row(one.frame_id, one.camera, said, f"{one.severity:.3f}")
     console.print(table)
 
 
