@@ -243,7 +243,7 @@ def disagreements(
                 side.ClearField("anomaly_map")
             typer.echo(json.dumps(MessageToDict(one, preserving_proto_field_name=True)))
         return
-    table = Table(Column("frame", min_width=36), Column("camera", overflow="fold"), "live → candidate", "severity")
+    table = Table(Column("frame", no_wrap=True), Column("camera", overflow="fold"), "live → candidate", "severity")
     for one in found:
         said = f"{_said(one.live)} → {_said(one.candidate)}"
         table.add_row(one.frame_id, one.camera, said, f"{one.severity:.3f}")
