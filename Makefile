@@ -9,13 +9,16 @@ REDUCTSTORE_VERSION := 1.21.5
 REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
 RUN := $(UV) run --frozen
 
-.PHONY: help demo demo-shadow test check bench bench-operator protos fuzz faults soak reductstore
+.PHONY: help demo demo-loop demo-shadow test check bench bench-operator protos fuzz faults soak reductstore
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.synced ## Train, publish, stream 300 real solar cells through every service, and count
 	$(RUN) vigil demo
+
+demo-loop: .venv/.synced ## Train, review what is hard, export, train on that: is the next version better?
+	$(RUN) vigil demo-loop
 
 demo-shadow: .venv/.synced ## A good, a broken and a hardly seen candidate beside live: what the gates say
 	$(RUN) vigil demo-shadow

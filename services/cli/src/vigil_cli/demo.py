@@ -109,9 +109,9 @@ async def _demo(out: Path) -> int:
                 frame = Frame(await asyncio.to_thread(path.read_bytes), MODEL, camera="demo")
                 frames[frame.frame_id] = (frame, defective)
             started = time.monotonic()
-            results = await _stream(stack.ingest_address, [frame for frame, _ in frames.values()])
+            results = await stream_all(stack.ingest_address, [frame for frame, _ in frames.values()])
             streamed_s = time.monotonic() - started
-            stored = await _stored(storage, set(frames))
+            stored = await wait_stored(storage, set(frames))
         judged = {result.frame_id: result.verdict for result in results if result.verdict is not None}
         scores = {
             truth: [verdict.score for name, verdict in judged.items() if frames[name][1] == truth]
@@ -135,7 +135,8 @@ async def _demo(out: Path) -> int:
     return 0 if lost == 0 and len(judged) == len(stored) == len(frames) and area >= LEAST_AUROC else 1
 
 
-async def _stream(address: str, frames: list[Frame]) -> list[Result]:
+async def stream_all(address: str, frames: list[Frame]) -> list[Result]:
+    """Send all frames, with a progress bar; what fails is said."""
     results: list[Result] = []
     async with VigilClient(address, window=_WINDOW) as client:
         with progress_bar() as progress:
@@ -148,7 +149,7 @@ async def _stream(address: str, frames: list[Frame]) -> list[Result]:
     return results
 
 
-async def _stored(storage: StorageClient, wanted: set[str]) -> set[str]:
+async def wait_stored(storage: StorageClient, wanted: set[str]) -> set[str]:
     """Which of these frames the store holds with their verdict, once all do or time is up."""
     deadline = time.monotonic() + _STORED_DEADLINE_S
     with console.status("waiting until every frame is in the store"):

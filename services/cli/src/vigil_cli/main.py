@@ -60,6 +60,16 @@ def demo(
     raise typer.Exit(run(run_demo(out)))
 
 
+@app.command("demo-loop")
+def demo_loop(
+    out: Annotated[Path, typer.Option(help="Where logs, data and the export go.")] = Path("out/demo-loop"),
+) -> None:
+    """Train a version, review what it finds hard, train the next one on the export, and compare the two."""
+    from vigil_cli.demo_loop import run_demo_loop  # noqa: PLC0415 - needs the demo extra
+
+    raise typer.Exit(run(run_demo_loop(out)))
+
+
 @app.command("demo-shadow")
 def demo_shadow(
     out: Annotated[Path, typer.Option(help="Where logs, data and reports go.")] = Path("out/demo-shadow"),
