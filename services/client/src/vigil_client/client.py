@@ -213,18 +213,21 @@ class _StreamSession:
         call = self._client.stub.Stream(metadata=self._client.metadata)
         writer = asyncio.create_task(self._write(call))
         heard = False
+        loop = asyncio.get_running_loop()
         try:
-            while True:
-                try:
-                    response = await asyncio.wait_for(call.read(), self._client.silence_s)
-                except TimeoutError:
-                    if self._flights:
-                        return Failure("UNAVAILABLE", "STREAM_SILENT", "no answer came in time"), heard
-                    return Failure("UNAVAILABLE", "STREAM_IDLE", "closed while idle"), True
-                if not isinstance(response, ingest_pb2.StreamResponse):  # EOF
-                    return Failure("UNAVAILABLE", "STREAM_ENDED", "the server ended the stream"), heard
-                heard = True
-                self._answer(response)
+            # One limit put off by each answer: a limit of its own would cost each answer a task.
+            async with asyncio.timeout(self._client.silence_s) as silence:
+                while True:
+                    response = await call.read()
+                    if not isinstance(response, ingest_pb2.StreamResponse):  # EOF
+                        return Failure("UNAVAILABLE", "STREAM_ENDED", "the server ended the stream"), heard
+                    heard = True
+                    silence.reschedule(loop.time() + self._client.silence_s)
+                    self._answer(response)
+        except TimeoutError:
+            if self._flights:
+                return Failure("UNAVAILABLE", "STREAM_SILENT", "no answer came in time"), heard
+            return Failure("UNAVAILABLE", "STREAM_IDLE", "closed while idle"), True
         except grpc.aio.AioRpcError as error:
             return convert.rpc_failure(error), heard
         finally:

@@ -80,9 +80,12 @@ def to_tensor(pixels: Pixels, spec: ModelInput) -> Tensor:
     low, high = spec.value_range
     height, width = pixels.shape[:2]
     tensor = np.empty((1, 3, height, width), dtype=np.float32)
-    planes = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # noqa: PLR2004 - grey has two axes
     # Divided, not multiplied by the inverse: bit for bit what a direct run computes.
-    np.divide(planes, np.float32(255.0), out=tensor[0], dtype=np.float32)
+    if pixels.ndim == 2:  # noqa: PLR2004 - grey has two axes, and one plane to compute
+        np.divide(pixels, np.float32(255.0), out=tensor[0, 0], dtype=np.float32)
+        tensor[0, 1:] = tensor[0, 0]
+    else:
+        np.divide(pixels.transpose(2, 0, 1), np.float32(255.0), out=tensor[0], dtype=np.float32)
     if (low, high) != (0.0, 1.0):
         tensor *= high - low
         tensor += low

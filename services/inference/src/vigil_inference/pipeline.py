@@ -1,4 +1,9 @@
-"""Threads that keep the model busy: the next image is decoded while the model runs on this one."""
+"""Threads that keep the model busy: the next images are decoded while the model runs on this one.
+
+All threads are alike. Each takes an image, decodes it and lays it among the ready; whoever then finds the model free
+judges what is ready, until nothing is. So the model is never idle while something is ready, one image alone goes from
+the event loop to one thread and back, and where many come at once one thread judges while the others decode.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import asyncio
 import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -44,39 +49,42 @@ class _Job:
 
 @dataclass(slots=True)
 class Pipeline:
-    """Decoding threads in front of one model thread.
+    """Threads that decode and judge.
 
     Args:
-        model: Judges batches; called from the model thread only.
+        model: Judges batches; called by one thread at a time.
         max_pixels: Larger images are refused before decoding.
         batch_size: Most images of one run; waits for none.
-        decoders: Decoding threads.
+        decoders: How many threads decode while one judges.
     """
 
     model: LoadedModel
     max_pixels: int
     batch_size: int = 1
     decoders: int = 1
-    _ready: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
+    _asked: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
+    _ready: deque[_Job] = field(default_factory=deque)
+    _free: threading.Lock = field(default_factory=threading.Lock)
     # Decoded images are large: only so many are made ahead of the model.
     _ahead: threading.Semaphore = field(init=False)
-    _pool: ThreadPoolExecutor = field(init=False)
-    _thread: threading.Thread = field(init=False)
+    _threads: list[threading.Thread] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop = field(init=False)
 
     def start(self) -> None:
         """Start the threads; call from the loop that will ask."""
         self._loop = asyncio.get_running_loop()
         self._ahead = threading.Semaphore(self.batch_size + self.decoders)
-        self._pool = ThreadPoolExecutor(self.decoders, thread_name_prefix="decode")
-        self._thread = threading.Thread(target=self._judge_all, name="model", daemon=True)
-        self._thread.start()
+        for index in range(self.decoders + 1):
+            self._threads.append(threading.Thread(target=self._work, name=f"judge-{index}", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     async def close(self) -> None:
         """Let what is under way end."""
-        await asyncio.to_thread(self._pool.shutdown)
-        self._ready.put(None)
-        await asyncio.to_thread(self._thread.join)
+        for _ in self._threads:
+            self._asked.put(None)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     async def judge(self, image: bytes, *, pictures: bool) -> Judged:
         """Judge one image.
@@ -85,49 +93,46 @@ class Pipeline:
             InvalidInput: The image can't be read; see `vigil_common.pixels.decode`.
         """
         job = _Job(image, pictures, self._loop.create_future())
-        self._pool.submit(self._decode, job)
+        self._asked.put(job)
         return await job.future
 
-    def _decode(self, job: _Job) -> None:
-        self._ahead.acquire()
-        if job.future.done():  # who asked has gone
-            self._ahead.release()
-            return
+    def _work(self) -> None:
+        while (job := self._asked.get()) is not None:
+            self._ahead.acquire()
+            if job.future.done() or not self._decode(job):  # done: who asked has gone
+                self._ahead.release()
+                continue
+            self._ready.append(job)
+            # Whoever has the model looks again after letting it go, so nothing stays behind.
+            while self._ready and self._free.acquire(blocking=False):
+                try:
+                    while batch := self._next_batch():
+                        self._ahead.release(len(batch))
+                        self._judge(batch)
+                finally:
+                    self._free.release()
+
+    def _decode(self, job: _Job) -> bool:
         began = time.perf_counter()
         try:
             pixels = decode(job.image, max_pixels=self.max_pixels)
             job.tensor = to_tensor(pixels, self.model.manifest.input)
         except Exception as error:  # noqa: BLE001 - carried to who asked
-            self._ahead.release()
             self._fail([job], error)
-            return
+            return False
         if job.pictures:
             job.pixels = pixels
         job.decode_s = time.perf_counter() - began
-        self._ready.put(job)
+        return True
 
-    def _judge_all(self) -> None:
-        held: _Job | None = None
-        while True:
-            job = held or self._ready.get()
-            held = None
-            if job is None:
-                return
-            batch = [job]
-            while len(batch) < self.batch_size:
-                try:
-                    more = self._ready.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    self._ready.put(None)
-                    break
-                if _tensor(more).shape != _tensor(job).shape:
-                    held = more
-                    break
-                batch.append(more)
-            self._ahead.release(len(batch))
-            self._judge(batch)
+    def _next_batch(self) -> list[_Job]:
+        """What is ready and of one size, up to a batch; only for who has the model."""
+        batch: list[_Job] = []
+        while self._ready and len(batch) < self.batch_size:
+            if batch and _tensor(self._ready[0]).shape != _tensor(batch[0]).shape:
+                break
+            batch.append(self._ready.popleft())
+        return batch
 
     def _judge(self, batch: list[_Job]) -> None:
         began = time.perf_counter()

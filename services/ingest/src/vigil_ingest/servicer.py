@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from grpc_status import rpc_status
@@ -73,25 +75,24 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         room: asyncio.Semaphore,
         done: asyncio.Queue[ingest_pb2.StreamResponse | None],
     ) -> None:
-        stopping = asyncio.create_task(self._stopping.wait())
-
         async def one(request: ingest_pb2.StreamRequest) -> None:
             await done.put(await self._answer(request, traceparent))
 
+        stopping = asyncio.create_task(self._stopping.wait())
         try:
             async with asyncio.TaskGroup() as group:
-                iterator = aiter(requests)
-                while not self._stopping.is_set():
-                    await room.acquire()
-                    upcoming = asyncio.ensure_future(anext(iterator, None))
-                    await asyncio.wait({upcoming, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                    if not upcoming.done():
-                        upcoming.cancel()
-                        break
-                    request = upcoming.result()
-                    if request is None:
-                        break
-                    group.create_task(one(request))
+                # One limit for all reads: watching for the end beside each would cost each frame a task and a wait.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None) as limit:
+                        end_now = partial(_end, limit)
+                        stopping.add_done_callback(end_now)
+                        try:
+                            await room.acquire()
+                            async for request in requests:
+                                group.create_task(one(request))
+                                await room.acquire()
+                        finally:
+                            stopping.remove_done_callback(end_now)
         finally:
             stopping.cancel()
             await done.put(None)
@@ -132,3 +133,8 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             duration_s=round(time.perf_counter() - began, 6),
         )
         return response
+
+
+def _end(limit: asyncio.Timeout, _: asyncio.Task[bool]) -> None:
+    with suppress(RuntimeError):  # the stream has ended by itself meanwhile
+        limit.reschedule(asyncio.get_running_loop().time())
