@@ -140,7 +140,7 @@ def build_image(arguments: Sequence[str]) -> None:
 def load(images: Sequence[str]) -> None:
     """Hand images from buildah's local storage to the node."""
     for image in images:
-        archive = DIR / "load.tar"
+        archive = DIR / f"load-{os.getpid()}.tar"
         archive.unlink(missing_ok=True)
         _run("buildah", "push", "--quiet", image, f"docker-archive:{archive}:{image}")
         _run(*_ctr("images", "import", str(archive)))
