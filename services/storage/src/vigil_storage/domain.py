@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
+from vigil_common.store.retained import COPY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ RESERVED = frozenset(
         *("latency_us", "reused_frame_id", "labels_refused"),
         *("candidate_version", "candidate_digest", "candidate_score", "candidate_label", "candidate_threshold"),
         *("agree", "annotation", "human", "human_by", "human_at_us", "human_mask", "human_order"),
+        COPY,
     )
 )
 MAX_NAME_LENGTH = 64
@@ -90,6 +92,12 @@ def labels_of(frame: Frame, result: Verdict | Failure) -> dict[str, str]:
         "threshold": repr(result.threshold),
         "latency_us": str(result.latency_us),
     }
+
+
+def stays(labels: Mapping[str, str]) -> bool:
+    """Whether a frame of these labels, or one that is given them, is kept for good."""
+    matters = labels.get("label") == "anomalous" or labels.get("outcome") == "failed"
+    return matters or labels.get("agree") == "false" or "human" in labels
 
 
 def client_labels(labels: Mapping[str, str]) -> dict[str, str]:

@@ -85,20 +85,32 @@ def _score(labels: Mapping[str, str]) -> float | None:
 class EmbeddedFrameStore:
     """Images with labels in `frames.db`."""
 
-    def __init__(self, connection: aiosqlite.Connection) -> None:
+    def __init__(self, connection: aiosqlite.Connection, *, stride_us: int = 1, quota_bytes: int = 0) -> None:
         self._db = connection
         self._lock = asyncio.Lock()
+        self._stride_us = stride_us
+        self._quota_bytes = quota_bytes
 
     @classmethod
-    async def open(cls, folder: Path) -> Self:
-        """Open the folder, made where it is missing."""
-        return cls(await open_database(Path(folder) / "frames.db", _FRAMES))
+    async def open(cls, folder: Path, *, stride_us: int = 1, quota_bytes: int = 0) -> Self:
+        """Open the folder, made where it is missing.
+
+        Args:
+            folder: Where `frames.db` is.
+            stride_us: How far a record moves whose time is taken.
+            quota_bytes: The oldest images go once they have more bytes; 0: nothing goes.
+        """
+        connection = await open_database(Path(folder) / "frames.db", _FRAMES)
+        return cls(connection, stride_us=stride_us, quota_bytes=quota_bytes)
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch in one transaction; see the port."""
         try:
             async with self._lock, translated(), _transaction(self._db):
-                return [await self._write_one(record) for record in records]
+                results = [await self._write_one(record) for record in records]
+                if self._quota_bytes:
+                    await self._drop_oldest()
+                return results
         except Unavailable as error:
             return [error] * len(records)
 
@@ -119,7 +131,7 @@ class EmbeddedFrameStore:
                 if (found[1], found[2]) == (sha256, len(record.body)):
                     return Written(at, existed=True)
                 return Conflict("FRAME_ID_REUSED", f"frame id {frame_id} stands for another image")
-            at += 1
+            at += self._stride_us
         async with self._db.execute("INSERT INTO bodies (body) VALUES (?)", (record.body,)) as cursor:
             body_id = cursor.lastrowid
         row = (record.entry, at, frame_id, sha256, _score(record.labels), json.dumps(dict(record.labels)))
@@ -128,6 +140,28 @@ class EmbeddedFrameStore:
             (*row, record.content_type, len(record.body), body_id),
         )
         return Written(at)
+
+    async def _drop_oldest(self) -> None:
+        async with self._db.execute("SELECT coalesce(sum(size_bytes), 0) FROM frames") as cursor:
+            row = await cursor.fetchone()
+        over = (row[0] if row else 0) - self._quota_bytes
+        if over <= 0:
+            return
+        oldest = "SELECT entry, timestamp_us, size_bytes, body_id FROM frames ORDER BY timestamp_us, entry"
+        async with self._db.execute(oldest) as cursor:
+            gone = []
+            while over > 0 and (found := await cursor.fetchone()) is not None:
+                gone.append(found)
+                over -= found[2]
+        for entry, timestamp_us, _, body_id in gone:
+            await self._db.execute("DELETE FROM frames WHERE entry = ? AND timestamp_us = ?", (entry, timestamp_us))
+            await self._db.execute("DELETE FROM bodies WHERE id = ?", (body_id,))
+
+    async def counts(self) -> dict[str, int]:
+        """How many records each entry has now."""
+        async with translated():
+            rows = await self._db.execute_fetchall("SELECT entry, COUNT(*) FROM frames GROUP BY entry")
+        return {str(entry): int(count) for entry, count in rows}
 
     async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
         """Label stored records in one transaction; see the port."""

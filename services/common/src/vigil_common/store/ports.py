@@ -147,6 +147,14 @@ class FrameStore(Protocol):
         ...
 
 
+class PassingStore(FrameStore, Protocol):
+    """A store whose oldest records go once a quota is reached."""
+
+    async def counts(self) -> dict[str, int]:
+        """How many records each entry has now."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A published version as the store knows it.

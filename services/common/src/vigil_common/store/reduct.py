@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from reduct import RecordBatch, ReductError
+from reduct import BucketSettings, QuotaType, RecordBatch, ReductError
 
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable, VigilError
 from vigil_common.store import labels as gate
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 BATCH_RECORDS = 64
 BATCH_HEADER_BYTES = 256_000
 BATCH_BODY_BYTES = 32 << 20
+# Under a quota: blocks in it, and how large one is at most.
+BLOCKS, MAX_BLOCK_BYTES = 16, 64_000_000
 # How many taken microseconds a record may be moved past.
 MAX_MOVES = 10_000
 # One head query spans at most this much of an entry that has nothing to confirm in it.
@@ -95,17 +97,46 @@ def conditions(where: FrameFilter, limit: int) -> dict[str, Any] | None:
 class ReductFrameStore:
     """Images with labels in one bucket; entry "MODEL/CAMERA"."""
 
-    def __init__(self, client: Any, bucket: Any) -> None:
+    def __init__(self, client: Any, bucket: Any, *, stride_us: int = 1) -> None:
         self._client = client
         self._bucket = bucket
+        self._stride_us = stride_us
         self._locks: dict[str, asyncio.Lock] = {}
 
     @classmethod
     async def open(
-        cls, url: str, token: str | None = None, bucket: str = "vigil-frames", *, timeout_s: float = 30.0
+        cls,
+        url: str,
+        token: str | None = None,
+        bucket: str = "vigil-frames",
+        *,
+        timeout_s: float = 30.0,
+        stride_us: int = 1,
+        quota_bytes: int = 0,
     ) -> Self:
-        """Connect; makes the bucket where it is missing. `Unavailable` where nobody answers."""
-        return cls(*await open_bucket(url, token, bucket, None, timeout_s))
+        """Connect; makes the bucket where it is missing.
+
+        Args:
+            url: Of the server.
+            token: Its API token.
+            bucket: Name of the bucket.
+            timeout_s: For each call.
+            stride_us: How far a record moves whose time is taken.
+            quota_bytes: The oldest go once there is more; 0: nothing goes.
+
+        Raises:
+            Unavailable: Nobody answers.
+        """
+        settings = None
+        if quota_bytes:
+            # Whole blocks go at once, so they must be small beside the quota.
+            block_bytes = max(1, min(MAX_BLOCK_BYTES, quota_bytes // BLOCKS))
+            settings = BucketSettings(quota_type=QuotaType.FIFO, quota_size=quota_bytes, max_block_size=block_bytes)
+        client, opened = await open_bucket(url, token, bucket, settings, timeout_s)
+        if settings is not None:
+            async with translated():
+                await opened.set_settings(settings)
+        return cls(client, opened, stride_us=stride_us)
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch; see the port."""
@@ -178,7 +209,7 @@ class ReductFrameStore:
             # A whole call that failed is the caller's to repeat, with its own patience.
             return failure or (unavailable(trouble) if status(trouble) == NETWORK else at)
         if stored.labels.get("frame_id") != record.labels["frame_id"]:
-            return at + 1
+            return at + self._stride_us
         if stored.labels.get("sha256") == record.labels["sha256"] and stored.size_bytes == len(record.body):
             return Written(at, existed=True)
         return _reused(record)
@@ -252,6 +283,11 @@ class ReductFrameStore:
                         present.add(record.timestamp)
             start = end
         return present & expected.keys()
+
+    async def counts(self) -> dict[str, int]:
+        """How many records each entry has now."""
+        async with translated():
+            return {entry.name: entry.record_count for entry in await self._bucket.get_entry_list()}
 
     async def uptime_s(self) -> float:
         """Seconds since the server started, whole ones, rounded down."""
