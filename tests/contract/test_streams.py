@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -228,6 +229,27 @@ async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: P
         await admit(streams, "f7")
     assert (await admit(streams, "f7")).state is Admission.PENDING
     assert len(await streams.source(M, "a").read(count=100, block_ms=100)) == 50
+    await streams.close()
+    server.stop()
+
+
+async def test_a_server_that_became_a_replica_is_away_not_broken(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await admit(streams, "f1")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    waiting = asyncio.create_task(source.read(count=1, block_ms=4000))
+    routed = asyncio.create_task(streams.routing.wait(M, 1, block_ms=4000))
+    while "blocked_clients:2" not in server.ask("INFO", "clients"):
+        await asyncio.sleep(0.01)
+    server.ask("REPLICAOF", "127.0.0.1", "1")
+    refused = (admit(streams, "f2"), source.emit([emission(frame.entry_id, "f1")]), waiting, routed)
+    for call in refused:
+        with pytest.raises(Unavailable):
+            await call
+    server.ask("REPLICAOF", "NO", "ONE")
+    assert await source.emit([emission(frame.entry_id, "f1")]) == [True]
     await streams.close()
     server.stop()
 

@@ -24,8 +24,16 @@ import redis.asyncio as aredis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import (
+    ClusterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from vigil_common.errors import InvalidInput, Unavailable
@@ -95,13 +103,32 @@ ADMIT, EMIT, EMIT_CANDIDATE, TRIM, ROUTE, UNROUTE, OWN, REPORT = (
 ANNOTATE = Script.load("annotate")
 
 
+# What a server says that can't serve now: in a failover, while its disk is full, without its replicas.
+AWAY = ("READONLY", "UNBLOCKED", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+
+
+def away(error: BaseException) -> bool:
+    """Whether Redis is away, rather than the command wrong."""
+    if isinstance(error, ResponseError):
+        # redis-py cuts the code off those that it has a class for.
+        return isinstance(error, ReadOnlyError | ClusterDownError | TryAgainError) or str(error).startswith(AWAY)
+    return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """The same for the caller."""
+    return Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({error}); try again", retry_after_s=1.0)
+
+
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn lost connections into `Unavailable`."""
+    """Turn lost connections, and servers that can't serve now, into `Unavailable`."""
     try:
         yield
-    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-        raise Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({error}); try again", retry_after_s=1.0) from error
+    except (RedisError, OSError) as error:
+        if not away(error):
+            raise
+        raise unavailable(error) from error
 
 
 def prefix(model: str) -> str:
@@ -124,15 +151,19 @@ class _Connection:
             return await self.client.execute_command(*arguments)
 
     async def commands(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """Several commands in one round trip; errors come back as values."""
+        """Several commands in one round trip; errors come back as values, but that it is away is raised."""
         if self.clustered:
             calls = (self.client.execute_command(*command) for command in commands)
-            return await asyncio.gather(*calls, return_exceptions=True)
-        pipeline = self.client.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        result: list[Any] = await pipeline.execute(raise_on_error=False)
-        return result
+            results: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
+        else:
+            pipeline = self.client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            results = await pipeline.execute(raise_on_error=False)
+        for result in results:
+            if isinstance(result, BaseException) and away(result):
+                raise unavailable(result)
+        return results
 
     async def script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
         """Run a script; loads it where the server does not know it."""
@@ -167,8 +198,8 @@ class _Connection:
                         final = error
                 if future.done():
                     continue
-                if isinstance(final, RedisConnectionError | RedisTimeoutError | OSError):
-                    final = Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({final}); try again", retry_after_s=1.0)
+                if isinstance(final, BaseException) and away(final):
+                    final = unavailable(final)
                 if isinstance(final, BaseException):
                     future.set_exception(final)
                 else:
@@ -194,7 +225,7 @@ class _Connection:
                 "XREADGROUP", "GROUP", group, consumer, "COUNT", count, *blocking, "STREAMS", key, after
             )
         except ResponseError as error:
-            if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+            if "NOGROUP" not in str(error):
                 raise
             await self.ensure_groups(model)
             return []
@@ -474,7 +505,7 @@ class RedisCandidateSource(RedisFrameSource):
                 *("STREAMS", self._key, ">"),
             )
         except ResponseError as error:
-            if "NOGROUP" not in str(error) and "UNBLOCKED" not in str(error):
+            if "NOGROUP" not in str(error):
                 raise
             # The route, which made the group, is about to say so; until then this must not spin.
             await asyncio.sleep(block_ms / 1000)
