@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
+from vigil_cli import rollout
 from vigil_operator.cluster import path_of
 
 from tests.e2e.cluster import programs
@@ -142,13 +144,43 @@ async def test_what_pods_say_of_themselves_counts(world: Kube) -> None:
     assert await world.live() == 1
 
 
+async def _kubectl_vigil(world: Kube, *arguments: str, code: int = 0) -> str:
+    answer = await asyncio.to_thread(CliRunner().invoke, rollout.kubectl, ["-n", world.namespace, *arguments])
+    assert answer.exit_code == code, answer.output
+    return answer.output
+
+
+async def test_people_decide_with_kubectl_vigil(world: Kube) -> None:
+    await _live_v1(world)
+    world.compare(2, report())
+    await world.apply("cells", 2, rollout={"approval": "Manual"})
+    await world.phase("cells", "AwaitingApproval")
+    assert "maxFlipFraction" in await _kubectl_vigil(world, "report", "cells")
+    assert "AwaitingApproval" in await _kubectl_vigil(world, "status", "cells")
+    await _kubectl_vigil(world, "pause", "cells")
+    await world.phase("cells", "Suspended")
+    refused = await _kubectl_vigil(world, "promote", "cells", code=1)
+    assert "suspended" in refused
+    await _kubectl_vigil(world, "resume", "cells")
+    await world.phase("cells", "AwaitingApproval")
+    assert "version 2 is live" in await _kubectl_vigil(world, "promote", "cells")
+    await _kubectl_vigil(world, "threshold", "cells", "0.7")
+    await world.until("cells", lambda status: status["live"]["threshold"] == 0.7, "at 0.7")
+    route = await world.streams.routing.get(world.model)
+    assert route is not None
+    assert (route.live.version, route.live.threshold) == (2, 0.7)
+    assert "a person approved it" in await _kubectl_vigil(world, "history", "cells")
+    assert "there is no candidate" in await _kubectl_vigil(world, "abort", "cells", code=1)
+
+
 async def test_one_command_rolls_back(world: Kube) -> None:
     await _live_v1(world)
     world.compare(2, report())
     await world.apply("cells", 2)
     await world.until("cells", lambda status: status["live"]["version"] == 2, "live with 2")
     await world.phase("cells", "Live")
-    await world.kubectl("annotate", "am/cells", f"vigil.dev/request=rollback {world.digest(2)} one")
+    said = await _kubectl_vigil(world, "rollback", "cells")
+    assert "cells: Held, version 1 is live" in said
     status = await world.phase("cells", "Held")
     assert status["live"]["version"] == 1
     assert await world.live() == 1
