@@ -12,7 +12,7 @@ import pytest
 from vigil.shadow.v1 import shadow_pb2
 from vigil_cli.demo_shadow import inverted
 from vigil_cli.shadow_client import ShadowClient
-from vigil_client import Frame, ServiceError, VigilClient
+from vigil_client import Frame, HumanLabel, ServiceError, VigilClient
 from vigil_common.streams.ports import Candidate, Live
 
 from tests.support.cells import load_cells
@@ -83,6 +83,15 @@ async def test_a_candidate_is_compared_on_live_s_frames_and_whatever_becomes_of_
                 labels[name]["agree"]
                 == str((float(labels[name]["candidate_score"]) >= 0.5) == verdict.anomalous).lower()
             )
+
+        flipped = [name for name, one in labels.items() if one["agree"] == "false"]
+        for name, right in zip(flipped[:3], (True, True, False), strict=True):
+            said = live[name].anomalous == right
+            human = HumanLabel.ANOMALOUS if said else HumanLabel.NORMAL
+            await vigil.storage.frames_annotate(MODEL, name, human, author="ada")
+        found = await reported(shadow, lambda report: report.reviews.live_right + report.reviews.candidate_right == 3)
+        assert (found.report.reviews.live_right, found.report.reviews.candidate_right) == (2, 1)
+        assert found.decision.gates[-1].gate == "people"
 
         stopped = [vigil.stack.pid("shadow"), vigil.stack.pid(f"worker-{MODEL}-{candidate.version}")]
         for pid in stopped:
