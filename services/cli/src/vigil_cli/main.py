@@ -12,6 +12,7 @@ from vigil_cli.evaluate import evaluate
 from vigil_cli.export import export
 from vigil_cli.options import console, run
 from vigil_cli.sources import find_images
+from vigil_cli.review import review
 from vigil_cli.stream import stream
 
 app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.", no_args_is_help=True)
@@ -19,6 +20,7 @@ app.command()(stream)
 app.command()(evaluate)
 app.command()(check)
 app.command()(annotate)
+app.command()(review)
 app.command()(export)
 app.add_typer(frames.app, name="frames")
 app.add_typer(models.app, name="model")
