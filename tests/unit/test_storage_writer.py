@@ -17,9 +17,10 @@ from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.ports import FrameFilter, Record, Written
 from vigil_common.streams.memory import MemoryStreams
-from vigil_common.streams.ports import QueuedFrame, QueuedOutcome
+from vigil_common.streams.ports import Candidate, Live, QueuedFrame, QueuedOutcome, sampled
 from vigil_storage import convert, domain
 from vigil_storage.app import Storage
+from vigil_storage.retention import Sampling
 from vigil_storage.reviews import Reviews
 from vigil_storage.servicer import FrameServicer
 from vigil_storage.writer import FrameWriter, WriterOptions
@@ -147,9 +148,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def writing(source: FakeSource, store: Troubled, options: WriterOptions = OPTIONS) -> AsyncIterator[None]:
+async def writing(
+    source: FakeSource, store: Troubled, options: WriterOptions = OPTIONS, sampling: Sampling | None = None
+) -> AsyncIterator[None]:
     stop = asyncio.Event()
-    task = asyncio.create_task(FrameWriter("cells", source, store, options).run(stop))  # type: ignore[arg-type]
+    writer = FrameWriter("cells", source, store, options, sampling=sampling)  # type: ignore[arg-type]
+    task = asyncio.create_task(writer.run(stop))
     try:
         yield
     finally:
@@ -183,6 +187,28 @@ async def test_a_frame_that_could_not_be_judged_is_stored_with_the_reason(store:
         await until(lambda: len(source.finished) == 1)
     stored, _ = await store.read("cells/cam1", T0 + 1)
     assert (stored.labels["outcome"], stored.labels["reason"]) == ("failed", "IMAGE_CORRUPT")
+
+
+async def test_only_the_sample_of_normal_frames_is_stored_but_all_while_a_candidate_is_compared(
+    store: Troubled,
+) -> None:
+    routing = MemoryStreams().routing
+    live = Live(3, "sha256:a")
+    await routing.write("cells", live=live)
+    sampling = Sampling("cells", 0.25, routing)
+    # Odd ones are anomalous.
+    source = FakeSource([queued(n, failed=n < 20) for n in range(200)])
+    async with writing(source, store, sampling=sampling):
+        await until(lambda: len(source.finished) == 200)
+    normal = [n for n in range(20, 200) if n % 2 == 0]
+    kept = [n for n in normal if sampled(f"f{n}", 0.25)]
+    assert len(normal) / 8 < len(kept) < len(normal) / 2
+    assert await ids(store) == [f"f{n}" for n in range(200) if n not in normal or n in kept]
+    await routing.write("cells", live=live, candidate=Candidate(4, "sha256:b"))
+    source = FakeSource([queued(n) for n in range(200, 240)])
+    async with writing(source, store, sampling=sampling):
+        await until(lambda: len(source.finished) == 40)
+    assert (await ids(store))[-40:] == [f"f{n}" for n in range(200, 240)]
 
 
 async def test_a_store_that_is_away_delays_and_loses_nothing(store: Troubled) -> None:

@@ -12,10 +12,11 @@ from vigil_common.access import Role
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
-from vigil_common.store.open import open_annotations, open_stores
+from vigil_common.store.open import open_annotations, open_retained, open_stores
+from vigil_common.store.retained import RetainedFrameStore
 from vigil_common.streams.redis import RedisStreams
 
-from vigil_storage import depths
+from vigil_storage import depths, domain, retention
 from vigil_storage.annotations import AnnotationKeeper
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews
@@ -50,6 +51,10 @@ async def _stores(settings: Settings, stop: asyncio.Event) -> tuple[FrameStore, 
     while not stop.is_set():
         try:
             frames, models = await open_stores(settings.store_url, token)
+            if settings.retention_normal_bytes:
+                await frames.close()
+                quota_bytes = settings.retention_normal_bytes
+                frames = await open_retained(settings.store_url, token, quota_bytes=quota_bytes, stays=domain.stays)
             return frames, models, await open_annotations(settings.store_url, token)
         except Unavailable as error:
             log.warning("store_unavailable", message=error.message)
@@ -86,15 +91,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         options,
         streams.comparisons,
         keeper=keeper,
+        normal_fraction=settings.retention_normal_fraction,
     )
-    writing = asyncio.create_task(writers.run(stop))
-    measuring = asyncio.create_task(depths.run(streams.queue, streams.routing, stop))
+    beside = [writers.run(stop), depths.run(streams.queue, streams.routing, stop)]
+    if isinstance(frames, RetainedFrameStore):
+        beside.append(retention.count_dropped(frames, stop))
+    running = [asyncio.create_task(work) for work in beside]
     await handle.start()
     await handle.ready()
     log.info("ready", port=handle.port)
     await stop.wait()
     await handle.drain(settings.drain_s)
-    await asyncio.gather(writing, measuring)
+    await asyncio.gather(*running)
     for part in (streams, frames, models, annotations):
         await part.close()
     log.info("drained")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from vigil_common.config import SecuritySettings
 
@@ -20,6 +22,9 @@ class Settings(SecuritySettings):
         confirm_after_s: How long after a write a frame is looked for; longer than RS_ENGINE_COMPACTION_INTERVAL.
         batch_size: Records per write, at most 64.
         flush_ms: How long a batch that is not full waits for more.
+        retention_normal_bytes: Normal frames that nobody reviewed and no candidate disagreed about have this quota,
+            the oldest going first; 0 keeps them for good. Anything else stays whatever this is.
+        retention_normal_fraction: Which part of them is stored at all, from 0 to 1; all while a candidate is compared.
         drain_s: How long calls under way may take at a stop.
         log_level: Least level logged.
     """
@@ -34,5 +39,7 @@ class Settings(SecuritySettings):
     confirm_after_s: float = 2.5
     batch_size: int = 32
     flush_ms: int = 50
+    retention_normal_bytes: Annotated[int, Field(ge=0)] = 0
+    retention_normal_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     drain_s: float = 10.0
     log_level: str = "INFO"

@@ -15,6 +15,9 @@ COMPARISONS = Counter("vigil_storage_comparisons_total", "Comparisons by what be
 
 ANNOTATIONS = Counter("vigil_storage_annotations_total", "What people said and is known to be kept", ["model"])
 
+# why: sample (never stored), quota (pushed out by newer ones)
+DROPPED = Counter("vigil_storage_dropped_frames_total", "Normal frames that are not kept", ["model", "why"])
+
 # Of each model's queue in Redis; every replica tells the same.
 QUEUE_FRAMES = Gauge("vigil_queue_frames", "Frames in the queue", ["model"])
 QUEUE_BYTES = Gauge("vigil_queue_image_bytes", "Their bytes, of the queue's budget", ["model"])

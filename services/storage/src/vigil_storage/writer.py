@@ -20,6 +20,7 @@ from vigil_common.store.ports import Record, Written
 
 from vigil_storage import convert, domain, metrics
 from vigil_storage.comparisons import ComparisonLabeller
+from vigil_storage.retention import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -79,6 +80,7 @@ class FrameWriter:
         *,
         clock: Callable[[], float] = time.monotonic,
         beside: Sequence[Callable[[], Coroutine[None, None, None]]] = (),
+        sampling: Sampling | None = None,
     ) -> None:
         self._model = model
         self._source = source
@@ -86,6 +88,7 @@ class FrameWriter:
         self._options = options
         self._clock = clock
         self._beside = beside
+        self._sampling = sampling
         self._unconfirmed: deque[_Unconfirmed] = deque()
         # Outcomes between reading and confirmation, by their place in the stream.
         self._held: set[str] = set()
@@ -174,6 +177,10 @@ class FrameWriter:
                 todo.append((outcome, convert.record_of(self._model, outcome)))
             except InvalidInput as error:
                 await self._drop(outcome, error)
+        if self._sampling is not None and todo:
+            out = await self._sampling.left_out([record for _, record in todo])
+            await self._leave_out([outcome for (outcome, _), left in zip(todo, out, strict=True) if left])
+            todo = [one for one, left in zip(todo, out, strict=True) if not left]
         # One entry is in one lane: the store takes one batch at a time for it.
         lanes: dict[int, list[tuple[QueuedOutcome, Record]]] = defaultdict(list)
         lane_of: dict[str, int] = {}
@@ -228,6 +235,13 @@ class FrameWriter:
         self._count("dropped")
         await self._source.done([outcome])
         self._held.discard(outcome.entry_id)
+
+    async def _leave_out(self, outcomes: Sequence[QueuedOutcome]) -> None:
+        """They are judged and answered, and not to be stored."""
+        if outcomes:
+            await self._source.done(outcomes)
+            self._held.difference_update(outcome.entry_id for outcome in outcomes)
+            metrics.DROPPED.labels(self._model, "sample").inc(len(outcomes))
 
     def _count(self, result: str) -> None:
         metrics.FRAMES.labels(self._model, result).inc()
@@ -295,10 +309,12 @@ class Writers:
         comparisons: Callable[[str], ComparisonSource],
         *,
         keeper: Callable[[str], AnnotationKeeper],
+        normal_fraction: float = 1.0,
     ) -> None:
         self._routing = routing
         self._comparisons = comparisons
         self._keeper = keeper
+        self._normal_fraction = normal_fraction
         self._outcomes = outcomes
         self._store = store
         self._options = options
@@ -335,7 +351,9 @@ class Writers:
         def keep() -> Coroutine[None, None, None]:
             return self._keeper(model).run()
 
-        return FrameWriter(model, self._outcomes(model), self._store, self._options, beside=[compare, keep])
+        sampling = Sampling(model, self._normal_fraction, self._routing) if self._normal_fraction < 1 else None
+        outcomes = self._outcomes(model)
+        return FrameWriter(model, outcomes, self._store, self._options, beside=[compare, keep], sampling=sampling)
 
 
 async def _wait(stop: asyncio.Event, seconds: float) -> None:

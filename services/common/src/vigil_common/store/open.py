@@ -7,9 +7,35 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from vigil_common.errors import InvalidInput
+from vigil_common.store.retained import RetainedFrameStore
 
 if TYPE_CHECKING:
-    from vigil_common.store.ports import FrameStore, ModelStore
+    from collections.abc import Callable, Mapping
+
+    from vigil_common.store.ports import FrameStore, ModelStore, PassingStore
+
+
+async def open_retained(
+    url: str, token: str | None, *, quota_bytes: int, stays: Callable[[Mapping[str, str]], bool]
+) -> RetainedFrameStore:
+    """Open the store of frames with a quota on those that need not stay; see `RetainedFrameStore` and `open_stores`."""
+    parts = urlsplit(url)
+    kept: FrameStore
+    passing: PassingStore
+    if parts.scheme in ("http", "https"):
+        from vigil_common.store.reduct import ReductFrameStore  # noqa: PLC0415
+
+        kept = await ReductFrameStore.open(url, token, stride_us=2)
+        passing = await ReductFrameStore.open(url, token, "vigil-frames-normal", stride_us=2, quota_bytes=quota_bytes)
+    elif parts.scheme == "file":
+        from vigil_common.store.embedded import EmbeddedFrameStore  # noqa: PLC0415
+
+        folder = Path(unquote(parts.path))
+        kept = await EmbeddedFrameStore.open(folder, stride_us=2)
+        passing = await EmbeddedFrameStore.open(folder / "normal", stride_us=2, quota_bytes=quota_bytes)
+    else:
+        raise _unknown(url)
+    return RetainedFrameStore(kept, passing, quota_bytes=quota_bytes, stays=stays)
 
 
 async def open_stores(url: str, token: str | None) -> tuple[FrameStore, ModelStore]:
