@@ -10,13 +10,14 @@ from vigil_cli.annotate import annotate
 from vigil_cli.check import check
 from vigil_cli.evaluate import evaluate
 from vigil_cli.export import export
-from vigil_cli.options import console, run
-from vigil_cli.sources import find_images
+from vigil_cli.options import run
 from vigil_cli.review import review
 from vigil_cli.stream import stream
+from vigil_cli.train import train
 
 app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.", no_args_is_help=True)
 app.command()(stream)
+app.command()(train)
 app.command()(evaluate)
 app.command()(check)
 app.command()(annotate)
@@ -29,27 +30,6 @@ app.add_typer(sites.app, name="site")
 app.add_typer(rollout.local, name="local")
 for verb in rollout.VERBS:
     app.command()(verb)
-
-
-@app.command()
-def train(
-    *,
-    normal: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Images without anomalies.")],
-    name: Annotated[str, typer.Option(help="The model's name.")],
-    abnormal: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Anomalous ones.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("bundle.tar"),
-) -> None:
-    """Fit a model on a folder of normal images and write its bundle."""
-    import vigil_trainer  # noqa: PLC0415 - loads the runtimes
-
-    images = find_images(normal)
-    if not images:
-        raise typer.BadParameter(f"no image in {normal}", param_hint="--normal")
-    with console.status(f"training on {len(images)} images"):
-        result = vigil_trainer.train(images, find_images(abnormal) if abnormal else (), name=name)
-    output.write_bytes(result.bundle)
-    auroc = "" if result.auroc is None else f", AUROC {result.auroc:.3f}"
-    console.print(f"{output}: threshold {result.threshold:.3f}{auroc}, fitted in {result.fit_s:.1f} s")
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 import yaml
 from rich.table import Column, Table
 from vigil_client import Model, StorageClient
-from vigil_common.bundle import open_bundle
+from vigil_common.bundle import open_bundle, read_manifest
 from vigil_common.errors import NotLive, VigilError
 from vigil_common.streams.ports import Route
 
@@ -24,6 +24,7 @@ from vigil_cli.options import (
     console,
     errors,
     run,
+    told,
 )
 from vigil_cli.sources import find_images
 
@@ -36,18 +37,24 @@ _PARITY_IMAGES = 8
 def import_(
     export: Annotated[Path, typer.Argument(exists=True, help="An Anomalib export: its folder, .onnx or .xml.")],
     *,
-    name: Annotated[str, typer.Option(help="The model's name.")],
+    name: Annotated[str | None, typer.Option(help="The model's name; else the folder's.")] = None,
     images: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Images whose scores pin the export.")
     ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="How far their scores may be off elsewhere.")] = 1e-3,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("bundle.tar"),
 ) -> None:
     """Make a bundle of a model exported by Anomalib."""
     from vigil_trainer import import_export  # noqa: PLC0415 - loads the runtimes
 
-    bundle = import_export(export, name=name, parity_images=find_images(images)[:_PARITY_IMAGES] if images else ())
-    output.write_bytes(bundle)
-    console.print(f"{output}: {len(bundle):,} bytes")
+    with told():
+        parity = find_images(images)[:_PARITY_IMAGES] if images else ()
+        bundle = import_export(export, name=name, parity_images=parity, tolerance=tolerance)
+        output.write_bytes(bundle)
+    manifest = read_manifest(bundle)
+    facts = {"runtimes": ", ".join(manifest.artefacts), **manifest.lineage}
+    console.print(f"{output}: model {manifest.name}, {len(bundle):,} bytes", highlight=False, soft_wrap=True)
+    console.print("; ".join(f"{what} {value}" for what, value in facts.items()), highlight=False, soft_wrap=True)
 
 
 @app.command()

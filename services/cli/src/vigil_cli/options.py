@@ -1,11 +1,13 @@
 """Options that several commands share, and how their errors look."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from vigil_client import ServiceError
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import VigilError
@@ -34,10 +36,17 @@ async def connect_streams(redis_url: str) -> RedisStreams:
     return await RedisStreams.connect(redis_url, security=SecuritySettings())
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """An expected error becomes one line and exit code 1."""
+    try:
+        yield
+    except (ServiceError, VigilError, SourceError, OSError) as error:
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
 def run(work: Coroutine[object, object, T]) -> T:
     """Run a command's coroutine; an expected error becomes one line and exit code 1."""
-    try:
+    with told():
         return asyncio.run(work)
-    except (ServiceError, VigilError, SourceError, OSError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from error

@@ -1,41 +1,65 @@
-"""Anomalib's exports as bundles: reads from the graph what the graph says."""
+"""Anomalib's exports as bundles: reads from the graph what the graph says, so that nobody has to be asked.
+
+Torch is not needed: names, shapes, a frozen batch, the algorithm and how images are resized stand in the graph.
+"""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING
+import io
+import re
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, Runtime, pack
 from vigil_common.errors import InvalidBundle
-from vigil_common.pixels import decode, to_tensor
+
+from vigil_trainer.graphs import load_openvino, run_graphs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 SCORE, LABEL, MAP, MASK = "pred_score", "pred_label", "anomaly_map", "pred_mask"
 PARITY_TOLERANCE = 1e-3
 RANK = 4
-MAX_PIXELS = 50_000_000
+# Folders of Anomalib's results that say nothing of the model.
+_NAMELESS = re.compile(r"onnx|openvino|torch|weights|latest|v[0-9]+|results|models?")
+_ALGORITHM = re.compile(r"anomalib\.models\.(?:image|video)\.([a-z0-9_]+)\.")
+_SYNTHETIC_SIZE = 256
 
 
-def import_export(path: Path, *, name: str, parity_images: Sequence[Path] = ()) -> bytes:
+def import_export(
+    path: Path,
+    *,
+    name: str | None = None,
+    parity_images: Sequence[Path] = (),
+    tolerance: float = PARITY_TOLERANCE,
+    lineage: Mapping[str, Any] | None = None,
+) -> bytes:
     """Make a bundle of an Anomalib export.
 
     Args:
         path: A folder with model.onnx (and its .data) or model.xml and model.bin, also in subfolders; or one such file.
-        name: The model's name.
-        parity_images: Images whose scores are recorded now and must come out again wherever the bundle is loaded.
+        name: The model's name; None takes the nearest folder's that says something.
+        parity_images: Images whose scores are recorded now and must come out again wherever the bundle is loaded;
+            without any, two that are drawn here.
+        tolerance: How far a score may be off there, and between ONNX Runtime and OpenVINO here.
+        lineage: More to say of where it comes from.
 
     Raises:
-        InvalidBundle: EXPORT_NOT_FOUND, EXPORT_UNREADABLE or BUNDLE_OUTPUT_MISSING.
+        InvalidBundle: EXPORT_NOT_FOUND, EXPORT_UNREADABLE, BUNDLE_OUTPUT_MISSING, BUNDLE_FILE_MISSING, ENGINE_MISSING,
+            NAME_UNKNOWN or PARITY_FAILED.
     """
     found = _find(path)
     files: dict[str, bytes] = {}
     artefacts: dict[Runtime, Artefact] = {}
     described: tuple[ModelInput, ModelOutputs, int | None] | None = None
+    said: dict[str, Any] = {"trainer": "anomalib", "imported_from": path.name}
     if onnx_path := found.get(".onnx"):
         # The external data's name is fixed inside the graph, so both keep theirs.
         model = _read_onnx(onnx_path)
@@ -44,6 +68,7 @@ def import_export(path: Path, *, name: str, parity_images: Sequence[Path] = ()) 
             {value.name for value in model.graph.output},
             onnx_path,
         )
+        said |= _said_by(model)
         names = [onnx_path.name, *_external(model)]
         artefacts["onnxruntime"] = _add(files, "onnx", onnx_path, names)
     if xml_path := found.get(".xml"):
@@ -54,20 +79,77 @@ def import_export(path: Path, *, name: str, parity_images: Sequence[Path] = ()) 
         raise InvalidBundle("EXPORT_NOT_FOUND", f"{path} holds neither a .onnx nor an .xml of an Anomalib export")
     spec, outputs, fixed_batch = described
     manifest = Manifest(
-        name=name,
+        name=name or _name_of(next(iter(found.values()))),
         artefacts=artefacts,
         input=spec,
         outputs=outputs,
         fixed_batch=fixed_batch,
-        lineage={"trainer": "anomalib", "imported_from": path.name},
+        lineage={**said, **(lineage or {})},
     )
-    samples = []
-    for index, image in enumerate(parity_images):
-        inside = f"parity/{index}{image.suffix.lower()}"
-        files[inside] = image.read_bytes()
-        score = _score(manifest, files, files[inside])
-        samples.append(ParitySample(image=inside, score=score, tolerance=PARITY_TOLERANCE))
-    return pack(manifest.model_copy(update={"parity": tuple(samples)}), files)
+    images = {f"parity/{place}{one.suffix.lower()}": one.read_bytes() for place, one in enumerate(parity_images)}
+    images = images or {f"parity/{place}.png": _png(pixels) for place, pixels in enumerate(_drawn(spec))}
+    samples = _parity(manifest, files, images, tolerance)
+    return pack(manifest.model_copy(update={"parity": samples}), {**files, **images})
+
+
+def _parity(
+    manifest: Manifest, files: Mapping[str, bytes], images: Mapping[str, bytes], tolerance: float
+) -> tuple[ParitySample, ...]:
+    """What each image scores, alike on every runtime that the export is for."""
+    scores = {
+        runtime: [outcome.score for outcome in run_graphs(manifest, files, runtime, images.values())]
+        for runtime in manifest.artefacts
+        if runtime == "onnxruntime" or find_spec("openvino") or len(manifest.artefacts) == 1
+    }
+    first, *others = scores.values()
+    for other in others:
+        for place, (one, another) in enumerate(zip(first, other, strict=True)):
+            if not abs(one - another) <= tolerance:
+                text = f"image {place} scores {one:.6f} on ONNX Runtime and {another:.6f} on OpenVINO"
+                advice = f"over the tolerance of {tolerance:g}: export again, or import one of both, or tolerate more"
+                raise InvalidBundle("PARITY_FAILED", f"{text}, {advice}")
+    return tuple(
+        ParitySample(image=name, score=score, tolerance=tolerance) for name, score in zip(images, first, strict=True)
+    )
+
+
+def _drawn(spec: ModelInput) -> tuple[NDArray[np.uint8], ...]:
+    """A gradient and noise, the same each time."""
+    height, width = spec.height or _SYNTHETIC_SIZE, spec.width or _SYNTHETIC_SIZE
+    down, across = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)[None]
+    gradient = np.stack(np.broadcast_arrays(down, across, (down + across) / 2), axis=2).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return gradient, noise
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _said_by(model: onnx.ModelProto) -> dict[str, Any]:
+    """What the graph says of how it was made, as torch's exporter writes it."""
+    said: dict[str, Any] = {"exporter": f"{model.producer_name} {model.producer_version}".strip()}
+    said["opset"] = max((entry.version for entry in model.opset_import if not entry.domain), default=0)
+    for node in model.graph.node:
+        where = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
+        if found := _ALGORITHM.search(where):
+            said.setdefault("algorithm", found[1])
+        if node.op_type == "Resize" and "pre_processor" in where:
+            facts = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+            mode = facts.get("mode", b"nearest")
+            said["resize"] = {"mode": mode.decode(), "antialias": bool(facts.get("antialias", 0))}
+    return said
+
+
+def _name_of(path: Path) -> str:
+    """The nearest folder's name that says something, as a model's name."""
+    for folder in path.absolute().parents:
+        slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")
+        if slug[:1].isalpha() and not _NAMELESS.fullmatch(slug):
+            return slug[:63].rstrip("-")
+    raise InvalidBundle("NAME_UNKNOWN", f"no folder of {path} names the model; give it a name")
 
 
 def _find(path: Path) -> dict[str, Path]:
@@ -133,8 +215,7 @@ def _describe(
 
 
 def _describe_openvino(path: Path) -> tuple[ModelInput, ModelOutputs, int | None]:
-    import openvino  # noqa: PLC0415 - heavy, and only for exports without ONNX
-
+    openvino = load_openvino()
     try:
         model = openvino.Core().read_model(str(path))
     except RuntimeError as error:
@@ -144,27 +225,3 @@ def _describe_openvino(path: Path) -> tuple[ModelInput, ModelOutputs, int | None
         for item in model.inputs
     }
     return _describe(inputs, {name for item in model.outputs for name in item.get_names()}, path)
-
-
-def _score(manifest: Manifest, files: dict[str, bytes], image: bytes) -> float:
-    """The score as the runtime gives it now."""
-    tensor = to_tensor(decode(image, max_pixels=MAX_PIXELS), manifest.input)
-    tensor = np.repeat(tensor, manifest.fixed_batch or 1, axis=0)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
-        if "onnxruntime" in manifest.artefacts:
-            import onnxruntime  # noqa: PLC0415 - heavy
-
-            path = Path(folder) / manifest.artefacts["onnxruntime"].path
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            found = session.run([manifest.outputs.score], {manifest.input.name: tensor})[0]
-        else:
-            import openvino  # noqa: PLC0415 - heavy
-
-            path = Path(folder) / manifest.artefacts["openvino"].path
-            compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-            found = compiled(tensor)[manifest.outputs.score]
-    return float(np.asarray(found).reshape(-1)[0])

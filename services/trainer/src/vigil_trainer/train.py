@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -67,6 +68,7 @@ def train(
     *,
     name: str,
     masks: Mapping[int, Path | bytes] | None = None,
+    source: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     parity: int = 4,
 ) -> TrainResult:
@@ -77,6 +79,7 @@ def train(
         abnormal: Anomalous ones; only the threshold and the score's range are taken from them.
         name: The model's name.
         masks: Where abnormal images are anomalous, by their place among them; only measured by, not learned from.
+        source: Where the images come from, for the lineage; plain values.
         progress: Called with the number of images read so far, and of all.
         parity: How many images go into the bundle with their scores.
 
@@ -106,7 +109,16 @@ def train(
         area = metrics.auroc(held_out, anomalous)
         f1 = metrics.confusion(held_out, anomalous, scale.threshold).f1
     pixels = _measured(graph, abnormal, masks or {})
-    lineage = {"images": len(normal), "auroc": area, "f1": f1, "pixel_auroc": pixels.auroc, "pro": pixels.pro}
+    counts = {"normal": len(normal), "abnormal": len(abnormal), "masks": len(masks or {})}
+    measured = {"auroc": area, "f1": f1, "pixel_auroc": pixels.auroc, "pro": pixels.pro}
+    lineage = {
+        "trainer": "vigil-trainer",
+        "trainer_version": version("vigil-trainer"),
+        "algorithm": "padim",
+        "images": counts,
+        **({"source": dict(source)} if source else {}),
+        "metrics": {key: value for key, value in measured.items() if value is not None},
+    }
     bundle = _bundle(name, graph, _samples(normal, abnormal, parity), lineage)
     return TrainResult(bundle, area, f1, pixels.auroc, pixels.pro, scale.threshold, fit_s)
 
@@ -120,12 +132,17 @@ def _measured(
     for place, mask in masks.items():
         pixels = _pixels(abnormal[place])
         truth = flat(_pixels(mask)) > 0
-        if truth.shape != pixels.shape[:2]:
-            sizes = f"{truth.shape[1]}x{truth.shape[0]}, its image {pixels.shape[1]}x{pixels.shape[0]}"
-            raise InvalidInput("MASK_SIZE_MISMATCH", f"the mask of abnormal image {place} is {sizes}")
+        check_mask(truth, pixels, place)
         if session is not None:
             found.add(np.squeeze(session.run([padim.MAP], {INPUT: to_tensor(pixels, SPEC)})[0]), truth)
     return found
+
+
+def check_mask(truth: NDArray[np.bool_], pixels: NDArray[np.uint8], place: int) -> None:
+    """Raise `InvalidInput` for a mask that is not of its image's size."""
+    if truth.shape != pixels.shape[:2]:
+        sizes = f"{truth.shape[1]}x{truth.shape[0]}, its image {pixels.shape[1]}x{pixels.shape[0]}"
+        raise InvalidInput("MASK_SIZE_MISMATCH", f"the mask of abnormal image {place} is {sizes}")
 
 
 def _held_out_scores(features: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -158,7 +175,7 @@ def _samples(normal: Sequence[Path | bytes], abnormal: Sequence[Path | bytes], c
     return [_pixels(image) for image in (*normal[: count - len(bad)], *bad)]
 
 
-def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: dict[str, float | None]) -> bytes:
+def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: dict[str, Any]) -> bytes:
     session = open_session(graph)
     files = {MODEL_PATH: graph}
     parity = []
@@ -175,11 +192,7 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: 
         input=SPEC,
         outputs=ModelOutputs(score=padim.SCORE, label=padim.LABEL, map=padim.MAP, mask=padim.MASK),
         parity=tuple(parity),
-        lineage={
-            "trainer": "vigil-trainer",
-            "algorithm": "padim",
-            **{key: value for key, value in lineage.items() if value is not None},
-        },
+        lineage=lineage,
     )
     return pack(manifest, files)
 

@@ -2,8 +2,9 @@
 
 Anomalib's Folder layout, MVTec AD's, and images with masks beside them are read:
 
-- `good`, `normal`, `ok` hold normal images; `abnormal`, `anomalous`, `anomaly`, `bad`, `defect`, `defective`, `ng`
-  anomalous ones, and so does any other folder below `test`. Where there is a `test`, only that is read.
+- `good`, `normal`, `ok` hold normal images; `abnormal`, `anomalous`, `anomaly`, `bad`, `defect`, `defective`, `ng`, and
+  an export's `abnormal_unmasked`, anomalous ones, and so does any other folder below `test`. Where there is a `test`,
+  only that is read.
 - The mask of `001.png` is `001_mask.png` beside it, or `001.png` or `001_mask.png` in a folder `mask`, `masks` or
   `ground_truth`, there also below the name of the image's folder.
 """
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NORMAL = frozenset({"good", "normal", "ok"})
-ANOMALOUS = frozenset({"abnormal", "anomalous", "anomaly", "bad", "defect", "defective", "ng"})
+ANOMALOUS = frozenset({"abnormal", "abnormal_unmasked", "anomalous", "anomaly", "bad", "defect", "defective", "ng"})
 MASKS = frozenset({"mask", "masks", "ground_truth"})
 _MASK_SUFFIX = "_mask"
 
