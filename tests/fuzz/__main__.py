@@ -1,8 +1,8 @@
 """`make fuzz SECONDS=… SEED=…`: each target in a process of its own, with bounds on time and memory.
 
 An input that ends in anything but an answer or a `VigilError`, that takes over two seconds, or for which the process
-grows past its bound, is written to `out/fuzz/TARGET-…`. Fix it, and keep the input in `tests/fuzz/corpus/TARGET/`, from where
-`make test` runs it ever after. Targets take turns; a target's inputs follow from the seed alone.
+grows past its bound, is written to `out/fuzz/TARGET-…`. Fix it, and keep the input in `tests/fuzz/corpus/TARGET/`,
+from where `make test` runs it ever after. Targets take turns; a target's inputs follow from the seed alone.
 """
 
 from __future__ import annotations

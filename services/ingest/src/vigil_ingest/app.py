@@ -17,6 +17,7 @@ from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, FrameQueue, Route, RoutingTable
 
 from vigil_ingest.domain import Submission, check
+from vigil_ingest.limits import ClientLimits, Clients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -60,6 +61,7 @@ class Ingest:
         routing: Which models are live.
         replica: Name of this process; replies come to it.
         limits: See `Limits`.
+        clients: What each client may ask for; without it anything.
         clock: Seconds since 1970.
     """
 
@@ -70,12 +72,14 @@ class Ingest:
         *,
         replica: str,
         limits: Limits,
+        clients: Clients | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._queue = queue
         self._routing = routing
         self._replica = replica
         self._limits = limits
+        self.clients = clients or Clients(ClientLimits())
         self._clock = clock
         self._models: dict[str, _Model] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,9 +132,15 @@ class Ingest:
             InvalidInput: A field or the image is not as it must be.
             Forbidden, NotFound, NotLive: See `route`.
             Conflict: FRAME_ID_REUSED.
-            QueueFull: QUEUE_FULL.
+            QueueFull: QUEUE_FULL, RATE_LIMITED, INGEST_BUSY.
             Unavailable: The queue is away.
         """
+        with self.clients.frame(frame.client, len(frame.image)):
+            return await self._accept(frame, outputs, wait=wait)
+
+    async def _accept(
+        self, frame: Submission, outputs: types_pb2.OutputOptions | None, *, wait: bool
+    ) -> tuple[int, asyncio.Future[types_pb2.Outcome] | None]:
         now_us = int(self._clock() * 1_000_000)
         captured_at_us = check(frame, now_us=now_us)
         await self.route(frame.model, frame.model_version)

@@ -16,6 +16,7 @@ from vigil_common.logging import get_logger
 from vigil_common.streams.redis import RedisStreams
 
 from vigil_ingest.app import Ingest, Limits
+from vigil_ingest.limits import ClientLimits, Clients
 from vigil_ingest.open_inference import OpenInferenceServicer
 from vigil_ingest.servicer import IngestServicer
 
@@ -50,7 +51,15 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         settings.redis_url, security=settings, budget_bytes=settings.queue_budget_bytes
     )
     limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.verdict_timeout_s)
-    app = Ingest(streams.queue, streams.routing, replica=uuid.uuid4().hex, limits=limits)
+    clients = Clients(
+        ClientLimits(
+            calls=settings.client_calls,
+            frames_per_s=settings.client_frames_per_s,
+            bytes_per_s=settings.client_bytes_per_s,
+            held_bytes=settings.held_bytes,
+        )
+    )
+    app = Ingest(streams.queue, streams.routing, replica=uuid.uuid4().hex, limits=limits, clients=clients)
     stopping = asyncio.Event()
     handle = create_server(
         settings.ingest_bind, access=ACCESS, security=settings, max_message_bytes=settings.max_image_bytes

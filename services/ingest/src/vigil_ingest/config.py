@@ -17,6 +17,10 @@ class Settings(SecuritySettings):
         max_image_bytes: Larger images are refused.
         max_image_pixels: Images of more pixels are refused before they are decoded.
         window: Frames in flight on one stream.
+        client_calls: Calls of one client (its token's name, or its address without tokens) at once.
+        client_frames_per_s: Frames of one client; 0 for any number.
+        client_bytes_per_s: Image bytes of one client; 0 for any number.
+        held_bytes: Image bytes of all clients on their way into the queue.
         verdict_timeout_s: How long a client waits for a verdict.
         drain_s: How long frames under way may take at a stop.
         log_level: Least level logged.
@@ -31,6 +35,10 @@ class Settings(SecuritySettings):
     max_image_bytes: int = 32 << 20
     max_image_pixels: int = 50_000_000
     window: int = 256
+    client_calls: int = 1024
+    client_frames_per_s: float = 0.0
+    client_bytes_per_s: float = 0.0
+    held_bytes: int = 512 << 20
     verdict_timeout_s: float = 30.0
     drain_s: float = 20.0
     log_level: str = "INFO"

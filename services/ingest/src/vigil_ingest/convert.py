@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vigil.ingest.v1 import ingest_pb2
+from vigil_common.access import ANYBODY, principal
 from vigil_common.grpc.errors import to_status
 from vigil_common.trace import HEADER, continued
 
@@ -27,12 +28,18 @@ def traceparent(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     return ""
 
 
+def client(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Who calls: the token's name, or the host where tokens are off."""
+    who = principal()
+    return who.name if who is not ANYBODY else context.peer().rpartition(":")[0]
+
+
 def _microseconds(time: Timestamp) -> int:
     # Not ToMicroseconds, which raises for what is no date: the application says so with a reason.
     return time.seconds * 1_000_000 + time.nanos // 1_000
 
 
-def submission(frame: ingest_pb2.Frame, traceparent: str) -> Submission:
+def submission(frame: ingest_pb2.Frame, traceparent: str, client: str) -> Submission:
     """The frame as the application takes it; without a trace of the call's it begins one."""
     return Submission(
         frame_id=frame.frame_id,
@@ -43,6 +50,7 @@ def submission(frame: ingest_pb2.Frame, traceparent: str) -> Submission:
         labels=frame.labels,
         image=frame.image,
         traceparent=continued(traceparent),
+        client=client,
     )
 
 

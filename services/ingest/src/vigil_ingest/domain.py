@@ -36,7 +36,7 @@ MAX_AHEAD_US = 300_000_000
 class Submission:
     """A frame as a client sent it; times in microseconds, None where the client gave none.
 
-    `traceparent` is the trace that it belongs to (W3C).
+    `traceparent` is the trace that it belongs to (W3C), `client` is who sent it.
     """
 
     frame_id: str
@@ -47,6 +47,7 @@ class Submission:
     labels: Mapping[str, str]
     image: bytes
     traceparent: str
+    client: str = ""
 
 
 def check(frame: Submission, *, now_us: int) -> int:

@@ -14,7 +14,7 @@ from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, NotFound, VigilError
 from vigil_common.trace import continued
 
-from vigil_ingest.convert import DEFAULT_CAMERA, traceparent
+from vigil_ingest.convert import DEFAULT_CAMERA, client, traceparent
 from vigil_ingest.domain import Submission
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         images = _images(request)
         wanted = [output.name for output in request.outputs]
         outputs = _options(request, wanted)
-        trace = continued(traceparent(context))
+        trace, who = continued(traceparent(context)), client(context)
         base = request.id or str(uuid.uuid4())
         ids = [base] if len(images) == 1 else [f"{base}.{index}" for index in range(len(images))]
         frames = [
@@ -120,11 +120,14 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
                 labels={},
                 image=image,
                 traceparent=trace,
+                client=who,
             )
             for frame_id, image in zip(ids, images, strict=True)
         ]
         verdicts = []
-        for outcome in await asyncio.gather(*(self._judge(frame, outputs) for frame in frames)):
+        with self._app.clients.call(who):
+            outcomes = await asyncio.gather(*(self._judge(frame, outputs) for frame in frames))
+        for outcome in outcomes:
             if outcome.HasField("failure"):
                 await context.abort_with_status(rpc_status.to_status(outcome.failure))
             verdicts.append(outcome.verdict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,9 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         self, request: ingest_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> ingest_pb2.SubmitResponse:
         """One frame, one answer."""
-        response = await self._answer(request, convert.traceparent(context))
+        client = convert.client(context)
+        with self._app.clients.call(client):
+            response = await self._answer([request], convert.traceparent(context), client)
         if response.HasField("error"):
             await context.abort_with_status(rpc_status.to_status(response.error))
         if response.HasField("accepted"):
@@ -56,27 +59,30 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[ingest_pb2.StreamResponse]:
         """Many frames, one response each, as they are done."""
+        client = convert.client(context)
         done: asyncio.Queue[ingest_pb2.StreamResponse | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._window)
-        reader = asyncio.create_task(self._read(request_iterator, convert.traceparent(context), room, done))
-        try:
-            while (response := await done.get()) is not None:
-                yield response
-                # Room is made only once the answer is on its way: a slow reader holds at most its window.
-                room.release()
-        finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+        with self._app.clients.call(client):
+            reader = asyncio.create_task(self._read(request_iterator, convert.traceparent(context), client, room, done))
+            try:
+                while (response := await done.get()) is not None:
+                    yield response
+                    # Room is made only once the answer is on its way: a slow reader holds at most its window.
+                    room.release()
+            finally:
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(
         self,
         requests: AsyncIterator[ingest_pb2.StreamRequest],
         traceparent: str,
+        client: str,
         room: asyncio.Semaphore,
         done: asyncio.Queue[ingest_pb2.StreamResponse | None],
     ) -> None:
-        async def one(request: ingest_pb2.StreamRequest) -> None:
-            await done.put(await self._answer(request, traceparent))
+        async def one(held: list[ingest_pb2.StreamRequest]) -> None:
+            await done.put(await self._answer(held, traceparent, client))
 
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -89,7 +95,8 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
                         try:
                             await room.acquire()
                             async for request in requests:
-                                group.create_task(one(request))
+                                group.create_task(one([request]))
+                                del request  # it may be long until the next
                                 await room.acquire()
                         finally:
                             stopping.remove_done_callback(end_now)
@@ -98,17 +105,20 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             await done.put(None)
 
     async def _answer(
-        self, request: ingest_pb2.SubmitRequest | ingest_pb2.StreamRequest, traceparent: str
+        self, held: list[ingest_pb2.SubmitRequest] | list[ingest_pb2.StreamRequest], traceparent: str, client: str
     ) -> ingest_pb2.StreamResponse:
         """Whatever the frame, one response and one line in the log."""
         began = time.perf_counter()
-        frame = convert.submission(request.frame, traceparent)
+        request = held.pop()  # so that who waits for a verdict holds no image
+        frame = convert.submission(request.frame, traceparent, client)
         wait = request.wait_for != ingest_pb2.WAIT_FOR_ACCEPTED
         version = 0
         try:
             received_at_us, future = await self._app.accept(
                 frame, request.frame.outputs if request.frame.HasField("outputs") else None, wait=wait
             )
+            del request
+            frame = replace(frame, image=b"")
             if future is None:
                 what = "accepted"
                 response = ingest_pb2.StreamResponse(frame_id=frame.frame_id)

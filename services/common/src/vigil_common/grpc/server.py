@@ -86,6 +86,10 @@ def create_server(
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_time_ms", 30_000),
+            # Who opens a connection and says nothing, or floods it with headers or streams, costs little.
+            ("grpc.server_handshake_timeout_ms", 20_000),
+            ("grpc.max_metadata_size", 16 << 10),
+            ("grpc.max_concurrent_streams", 4096),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ],
         maximum_concurrent_rpcs=max_concurrent_rpcs,

@@ -1,0 +1,168 @@
+"""What one client may ask for, and what the others notice of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+import yaml
+from google.rpc import error_details_pb2
+from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil_common.config import SecuritySettings
+from vigil_common.errors import QueueFull
+from vigil_common.grpc.server import create_server
+from vigil_common.streams.memory import MemoryStreams
+from vigil_ingest import limits
+from vigil_ingest.app import Ingest, Limits
+from vigil_ingest.bootstrap import ACCESS
+from vigil_ingest.limits import ClientLimits, Clients
+from vigil_ingest.servicer import IngestServicer
+
+from tests.fuzz.seeds import images
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+ACCEPTED = ingest_pb2.WAIT_FOR_ACCEPTED
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def taken(clients: Clients, client: str, count: int, size: int = 10) -> int:
+    found, refused = 0, set()
+    for _ in range(count):
+        try:
+            with clients.frame(client, size):
+                found += 1
+        except QueueFull as error:
+            refused.add((error.reason, bool(error.retry_after_s)))
+    assert refused <= {("RATE_LIMITED", True)}
+    return found
+
+
+def test_a_client_gets_its_rate_with_a_burst_and_another_its_own() -> None:
+    clock = Clock()
+    clients = Clients(ClientLimits(frames_per_s=10), clock=clock)
+    assert taken(clients, "a", 100) == 21
+    assert taken(clients, "b", 5) == 5
+    clock.now += 1.0
+    assert taken(clients, "a", 100) == 10
+
+
+def test_bytes_are_limited_like_frames() -> None:
+    clock = Clock()
+    clients = Clients(ClientLimits(bytes_per_s=1000), clock=clock)
+    assert taken(clients, "a", 100, 500) == 5
+    clock.now += 10.0
+    assert taken(clients, "a", 1, 10_000) == 1  # larger than a burst passes once, and is made up for
+    assert taken(clients, "a", 1, 1) == 0
+
+
+def test_the_delay_that_is_told_is_the_one_after_which_it_passes() -> None:
+    clock = Clock()
+    clients = Clients(ClientLimits(frames_per_s=2), clock=clock)
+    taken(clients, "a", 100)
+    with pytest.raises(QueueFull) as caught, clients.frame("a", 1):
+        pass
+    clock.now += (caught.value.retry_after_s or 0) + 1e-6
+    assert taken(clients, "a", 1) == 1
+
+
+def test_images_on_their_way_are_bounded_over_all_clients() -> None:
+    clients = Clients(ClientLimits(held_bytes=100))
+    with clients.frame("a", 60), pytest.raises(QueueFull, match="too many images"), clients.frame("b", 60):
+        pass
+    with clients.frame("b", 60):
+        pass
+
+
+def test_clients_that_were_quiet_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_CLIENTS", 10)
+    clock = Clock()
+    clients = Clients(ClientLimits(frames_per_s=1), clock=clock)
+    for number in range(100):
+        taken(clients, f"c{number}", 1)
+        clock.now += 0.5
+    assert len(clients._spent) <= 11
+
+
+@asynccontextmanager
+async def serving(asked: ClientLimits, settings: SecuritySettings | None = None) -> AsyncIterator[Any]:
+    streams = MemoryStreams()
+    await streams.routing.promote("cells", version=1, digest="sha256:1", threshold=None)
+    bounds = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=5)
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=bounds, clients=Clients(asked))
+    handle = create_server("localhost:0", access=ACCESS, security=settings or SecuritySettings())
+    servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
+    ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
+    await handle.start()
+    async with grpc.aio.insecure_channel(f"localhost:{handle.port}") as channel:
+        yield ingest_pb2_grpc.IngestServiceStub(channel)
+    await handle.drain(0)
+    await app.close()
+
+
+def request(frame_id: str) -> ingest_pb2.StreamRequest:
+    frame = ingest_pb2.Frame(frame_id=frame_id, model="cells", image=images()[1])
+    return ingest_pb2.StreamRequest(frame=frame, wait_for=ACCEPTED)
+
+
+async def test_more_streams_than_allowed_are_refused_and_room_comes_back() -> None:
+    async with serving(ClientLimits(calls=2)) as stub:
+        open_streams = []
+        for number in range(2):
+            call = stub.Stream()
+            await call.write(request(f"f{number}"))
+            assert (await call.read()).HasField("accepted")
+            open_streams.append(call)
+        refused = stub.Stream()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await refused.write(request("f2"))
+            while True:
+                await refused.read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        open_streams[0].cancel()
+        deadline = asyncio.get_running_loop().time() + 5
+        while asyncio.get_running_loop().time() < deadline:
+            again = stub.Stream(iter([request("f3")]))
+            try:
+                assert [response.HasField("accepted") async for response in again] == [True]
+                break
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.05)
+        else:
+            pytest.fail("no room came back")
+
+
+async def test_a_limited_frame_is_told_when_to_come_again_and_its_stream_goes_on(tmp_path: Path) -> None:
+    tokens = {name: name * 40 for name in "ab"}
+    path = tmp_path / "tokens.yaml"
+    entries = [
+        {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), "roles": ["stream"]}
+        for name, token in tokens.items()
+    ]
+    path.write_text(yaml.safe_dump({"tokens": entries}))
+    async with serving(ClientLimits(frames_per_s=0.5), SecuritySettings(tokens_file=path)) as stub:
+        for name, token in tokens.items():
+            call = stub.Stream(
+                iter([request(f"{name}{number}") for number in range(4)]),
+                metadata=(("authorization", f"Bearer {token}"),),
+            )
+            answers = [response async for response in call]
+            limited = [answer for answer in answers if answer.HasField("error")]
+            assert (len(answers), len(limited)) == (4, 2)
+            info, delay = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            assert limited[0].error.details[0].Unpack(info)
+            assert limited[0].error.details[1].Unpack(delay)
+            assert info.reason == "RATE_LIMITED"
+            assert delay.retry_delay.ToMilliseconds() > 0
