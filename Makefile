@@ -9,10 +9,10 @@ REDUCTSTORE_VERSION := 1.21.5
 REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
 RUN := $(UV) run --frozen
 
-.PHONY: help demo demo-loop demo-shadow test check bench bench-operator protos fuzz faults soak reductstore
+.PHONY: help demo demo-loop demo-shadow test check bench bench-operator protos fuzz faults soak reductstore images e2e kind
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.synced ## Train, publish, stream 300 real solar cells through every service, and count
 	$(RUN) vigil demo
@@ -50,6 +50,23 @@ faults: .venv/.synced $(REDUCTSTORE) ## Kills, freezes, cuts and full disks unde
 
 soak: .venv/.synced $(REDUCTSTORE) ## Memory, descriptors and threads over a long stream: MINUTES=30
 	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.soak --minutes $(or $(MINUTES),30)
+
+images: .venv/.synced ## Every image, by Docker or on a bare Debian machine by buildah: sizes, and what is in each
+	$(RUN) python images/build.py $(ARGS)
+
+e2e: .venv/.synced $(REDUCTSTORE) ## The platform on a real cluster: KUBECONFIG's, else a node of its own on this machine (root)
+	VIGIL_E2E=1 VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) pytest tests/e2e -s $(ARGS)
+
+KIND_CONFIG := out/kind.kubeconfig
+KIND_IMAGES := ingest storage shadow review inference operator cli
+
+kind: .venv/.synced ## The same on kind, where there is Docker
+	@command -v kind >/dev/null || { echo "install kind first: https://kind.sigs.k8s.io"; exit 1; }
+	mkdir -p out && kind create cluster --name vigil-e2e --kubeconfig $(KIND_CONFIG)
+	$(RUN) python images/build.py --builder docker --tag e2e $(KIND_IMAGES)
+	for name in $(KIND_IMAGES); do docker tag localhost/vigil/$$name:e2e localhost/vigil/$$name:e2e-next; done
+	kind load docker-image --name vigil-e2e $(foreach name,$(KIND_IMAGES),localhost/vigil/$(name):e2e localhost/vigil/$(name):e2e-next)
+	KUBECONFIG=$(CURDIR)/$(KIND_CONFIG) VIGIL_E2E=1 $(RUN) pytest tests/e2e -s $(ARGS); code=$$?; kind delete cluster --name vigil-e2e; exit $$code
 
 protos: .venv/.synced ## Generate protos/gen anew
 	$(RUN) python protos/generate.py
