@@ -14,7 +14,10 @@ from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.ports import FrameFilter, Labelling, PassingStore, Record, Written
 from vigil_common.store.reduct import ReductFrameStore
 from vigil_common.store.retained import RetainedFrameStore
+from vigil_common.streams.memory import MemoryStreams
+from vigil_storage.annotations import AnnotationKeeper
 from vigil_storage.domain import stays
+from vigil_storage.reviews import Remark, Reviews
 
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 
@@ -174,3 +177,29 @@ async def test_a_label_for_a_frame_that_is_gone_says_so(both: Both) -> None:
         assert isinstance(error, NotFound)
     with pytest.raises(NotFound):
         await both.store.read("cells/cam1", T0 + 1)
+
+
+async def test_what_a_person_says_of_a_passing_frame_keeps_it(both: Both, tmp_path: Path) -> None:
+    for number in range(3):
+        await write(both.store, frame(number))
+    annotations = await EmbeddedFrameStore.open(tmp_path / "annotations")
+    log = MemoryStreams().reviews
+    reviews = Reviews(both.store, annotations, log, now_us=lambda: T0 + 1_000_000)
+    keeper = AnnotationKeeper("cells", log, annotations, both.store, confirm_after_s=0.0)
+    keeping = asyncio.create_task(keeper.run())
+    try:
+        queue = await reviews.queue(ALL, "Ann", size=3, since_us=None, again=False)
+        assert {record.labels["frame_id"] for record, _ in queue} == {"f0", "f1", "f2"}
+        remark = Remark("cells", "f1", "", "normal", mask=b"", note="dust", author="Ann", annotation_id="")
+        _, applied = await reviews.annotate(remark)
+        assert applied
+        async with asyncio.timeout(10):
+            while await log.read("cells", "0", count=1, block_ms=0):
+                await asyncio.sleep(0.02)
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        await annotations.close()
+    assert await found(both.kept) == ["f1"]
+    assert await found(both.store, FrameFilter(["cells/*"], present=["human"])) == ["f1"]
+    assert await found(both.store) == ["f0", "f1", "f2"]

@@ -5,9 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 from vigil_common.config import SecuritySettings
+
+LEAST_QUOTA_BYTES = 256 << 20
+
+
+def _quota(quota_bytes: int) -> int:
+    if quota_bytes != 0 and quota_bytes < LEAST_QUOTA_BYTES:
+        raise ValueError(f"0 for no quota, or at least {LEAST_QUOTA_BYTES} bytes")
+    return quota_bytes
 
 
 class Settings(SecuritySettings):
@@ -23,7 +31,8 @@ class Settings(SecuritySettings):
         batch_size: Records per write, at most 64.
         flush_ms: How long a batch that is not full waits for more.
         retention_normal_bytes: Normal frames that nobody reviewed and no candidate disagreed about have this quota,
-            the oldest going first; 0 keeps them for good. Anything else stays whatever this is.
+            the oldest going first; 0 keeps them for good, less than 256 MiB is refused: what goes before it was looked
+            for would be written again and again. Anything else stays whatever this is.
         retention_normal_fraction: Which part of them is stored at all, from 0 to 1; all while a candidate is compared.
         drain_s: How long calls under way may take at a stop.
         log_level: Least level logged.
@@ -39,7 +48,7 @@ class Settings(SecuritySettings):
     confirm_after_s: float = 2.5
     batch_size: int = 32
     flush_ms: int = 50
-    retention_normal_bytes: Annotated[int, Field(ge=0)] = 0
+    retention_normal_bytes: Annotated[int, AfterValidator(_quota)] = 0
     retention_normal_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     drain_s: float = 10.0
     log_level: str = "INFO"
