@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
-from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, pack
+from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, Variant, open_bundle, pack
 from vigil_common.errors import InvalidBundle, InvalidInput
 from vigil_common.pixels import to_tensor
 from vigil_inference.model import LoadedModel
@@ -267,3 +267,76 @@ async def test_who_has_gone_is_not_judged(held: tuple[Pipeline, Held]) -> None:
     assert (await pipeline.judge(png(51), pictures=False)).score == pytest.approx(0.2)
     # At most those that were decoded before they were given up.
     assert sum(model.began) <= 1 + 3 + 1
+
+
+def slower(*, score: float) -> bytes:
+    """As `graph`, with work that changes nothing, and the mean raised."""
+    model = onnx.load_from_string(graph())
+    nodes, last = [], "input"
+    for index in range(200):
+        nodes.append(helper.make_node("Sigmoid", [last], [f"work{index}"]))
+        last = f"work{index}"
+    model.graph.node[0].output[0] = "plain"
+    kept = [
+        helper.make_node("ReduceMean", [last, "axes"], ["worked"], keepdims=0),
+        helper.make_node("Mul", ["worked", "nothing"], ["gone"]),
+        helper.make_node("Sum", ["plain", "gone", "raised"], ["mean"]),
+    ]
+    model.graph.initializer.extend(
+        helper.make_tensor(name, TensorProto.FLOAT, [1], [value]) for name, value in (("nothing", 0), ("raised", score))
+    )
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([rest[0], *nodes, *kept, *rest[1:]])
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def with_variant(*, main: bytes, variant: bytes, threshold: float, score: float) -> bytes:
+    files = {"model.onnx": main, "fast.onnx": variant, "sample.png": png(51)}
+    outputs = ModelOutputs(score="pred_score", map="anomaly_map", mask="pred_mask")
+    fast = Variant(
+        runtime="onnxruntime",
+        artefact=Artefact(path="fast.onnx", files=("fast.onnx",)),
+        precision="int8",
+        threshold=threshold,
+        scores=(score,),
+    )
+    manifest = Manifest(
+        name="cells",
+        artefacts={"onnxruntime": Artefact(path="model.onnx", files=("model.onnx",))},
+        outputs=outputs,
+        parity=(ParitySample(image="sample.png", score=0.2),),
+        variants={"fast": fast},
+    )
+    return pack(manifest, files)
+
+
+def test_auto_takes_the_fastest_artefact_and_says_so_on_the_bundles_scale(tmp_path: Path) -> None:
+    # The variant draws the line at 0.4 where the bundle's threshold is 0.5.
+    model = LoadedModel(with_variant(main=slower(score=0.0), variant=graph(), threshold=0.4, score=0.25), tmp_path)
+    assert (model.artefact, model.engine.precision) == ("fast", "int8")
+    assert model.choice.startswith("fast is the fastest here that holds its parity: onnxruntime ")
+    judged = model.judge(to_tensor(np.full((8, 8), 102, dtype=np.uint8), ModelInput()), pictures=False)
+    assert judged.score[0] == pytest.approx(0.5)
+
+
+def test_auto_leaves_out_a_variant_that_does_not_hold_its_parity_here(tmp_path: Path) -> None:
+    model = LoadedModel(with_variant(main=slower(score=0.0), variant=graph(), threshold=0.5, score=0.9), tmp_path)
+    assert model.artefact == "onnxruntime"
+    assert "fast PARITY_FAILED" in model.choice
+
+
+def test_a_runtime_asked_for_is_taken_though_a_variant_is_faster(tmp_path: Path) -> None:
+    content = with_variant(main=slower(score=0.0), variant=graph(), threshold=0.5, score=0.2)
+    model = LoadedModel(content, tmp_path, engine="onnxruntime")
+    assert (model.artefact, model.choice) == ("onnxruntime", "")
+
+
+def test_a_variant_has_a_score_for_each_parity_sample() -> None:
+    plain = with_variant(main=graph(), variant=graph(), threshold=0.5, score=0.2)
+    manifest = open_bundle(plain).manifest
+    fields = manifest.model_dump(mode="json")
+    fields["variants"]["fast"]["scores"] = []
+    with pytest.raises(ValueError, match="0 scores for 1 parity samples"):
+        Manifest.model_validate(fields)

@@ -14,10 +14,10 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vigil_common.errors import InvalidBundle
 
@@ -33,6 +33,7 @@ MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILES = 256
 
 Runtime = Literal["onnxruntime", "openvino"]
+Precision = Literal["f32", "bf16", "int8"]
 
 
 class _Strict(BaseModel):
@@ -76,6 +77,27 @@ class ParitySample(_Strict):
     tolerance: float = Field(default=1e-3, ge=0)
 
 
+class Variant(_Strict):
+    """The same model made over for speed; a worker takes it where it is the fastest and holds its own parity.
+
+    Attributes:
+        runtime: What loads it.
+        artefact: Its files.
+        precision: Of its arithmetic.
+        threshold: Where its own scores part normal from anomalous. A worker moves its scores so that this comes to
+            stand on the bundle's threshold (`vigil_common.scores.moved`).
+        scores: What it says of the bundle's parity samples, in their order, once moved.
+        tolerance: How far it may be off there.
+    """
+
+    runtime: Runtime
+    artefact: Artefact
+    precision: Precision
+    threshold: float = Field(gt=0, lt=1)
+    scores: tuple[float, ...]
+    tolerance: float = Field(default=1e-3, ge=0)
+
+
 class Manifest(_Strict):
     """vigil.yaml."""
 
@@ -87,6 +109,7 @@ class Manifest(_Strict):
     threshold: float = 0.5
     fixed_batch: int | None = Field(default=None, ge=1, le=1024)
     parity: tuple[ParitySample, ...] = ()
+    variants: dict[str, Variant] = Field(default_factory=dict)
     lineage: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("name")
@@ -95,6 +118,19 @@ class Manifest(_Strict):
         if not NAME.fullmatch(name):
             raise ValueError("must be 1 to 63 lower-case letters, digits and dashes, and begin with a letter")
         return name
+
+    @model_validator(mode="after")
+    def _variants(self) -> Self:
+        for name, variant in self.variants.items():
+            if not NAME.fullmatch(name) or name in self.artefacts:
+                raise ValueError(f"variant {name!r} needs a name of its own, of lower-case letters, digits and dashes")
+            if len(variant.scores) != len(self.parity):
+                raise ValueError(
+                    f"variant {name} has {len(variant.scores)} scores for {len(self.parity)} parity samples"
+                )
+            if not 0 < self.threshold < 1:
+                raise ValueError("a bundle with variants needs a threshold between 0 and 1")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +184,10 @@ def pack(manifest: Manifest, files: Mapping[str, bytes]) -> bytes:
     Raises:
         InvalidBundle: As `open_bundle`: what would not open is not packed.
     """
-    text = yaml.safe_dump(manifest.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    fields = manifest.model_dump(mode="json", exclude_none=True)
+    if not manifest.variants:  # as before there were any, so that the same content keeps its digest
+        del fields["variants"]
+    text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
     content = {**files, MANIFEST: text.encode()}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -277,7 +316,8 @@ class _Layout:
             if both := next((str(parent) for parent in PurePosixPath(name).parents if str(parent) in names), None):
                 raise InvalidBundle("BUNDLE_CORRUPT", f"{both!r} is a file and the folder of {name!r}")
         manifest = _manifest(bytes(self.text) if self._has_manifest else None)
-        named = {name for artefact in manifest.artefacts.values() for name in (artefact.path, *artefact.files)}
+        artefacts = [*manifest.artefacts.values(), *(variant.artefact for variant in manifest.variants.values())]
+        named = {name for artefact in artefacts for name in (artefact.path, *artefact.files)}
         named |= {sample.image for sample in manifest.parity}
         if missing := sorted(named - self.members.keys()):
             text = f"{MANIFEST} names {', '.join(missing)}, which is not in the bundle"

@@ -129,7 +129,15 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         )
         await handle.start()
         await handle.ready()
-        log.info("ready", port=handle.port, model=version.name, version=version.version, engine=model.engine.name)
+        log.info(
+            "ready",
+            port=handle.port,
+            model=version.name,
+            version=version.version,
+            engine=model.engine.name,
+            artefact=model.artefact,
+            choice=model.choice,
+        )
         await worker.run(stop)
         await handle.drain(DRAIN_S)
         await pipeline.close()

@@ -21,7 +21,7 @@ class Settings(SecuritySettings):
         storage_address: Where to load the bundle from, by gRPC.
         store_url: Where to load it from directly, if no storage_address is given.
         store_token_file: Holds the store's token.
-        engine: "auto" takes the first that the bundle has an artefact for.
+        engine: "auto" times what the bundle has, on this node, and takes the fastest that holds its parity.
         precision: On OpenVINO.
         threads: For one run.
         batch_size: Most images of one run.

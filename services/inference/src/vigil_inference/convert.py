@@ -107,6 +107,8 @@ def description(
         engine=model.engine.name,
         engine_version=model.engine.version,
         precision=model.engine.precision,
+        artefact=model.artefact,
+        choice=model.choice,
         threads=threads,
         batch_size=manifest.fixed_batch or batch_size,
         batch_fixed=manifest.fixed_batch is not None,
@@ -118,8 +120,8 @@ def description(
         role=ROLES[role],
         ready=True,
     )
-    response.load_time.FromMicroseconds(round(model.load_s * 1e6))
-    response.warm_up_time.FromMicroseconds(round(model.warm_up_s * 1e6))
+    response.load_time.FromMicroseconds(round(model.proven.load_s * 1e6))
+    response.warm_up_time.FromMicroseconds(round(model.proven.warm_up_s * 1e6))
     for sample in model.parity:
         response.parity.add(
             sample=sample.sample,

@@ -26,7 +26,7 @@ class Engine(Protocol):
     Attributes:
         name: "onnxruntime" or "openvino".
         version: The runtime's.
-        precision: "f32" unless asked otherwise.
+        precision: "f32" unless asked otherwise; "int8" where the graph is quantised.
     """
 
     name: str

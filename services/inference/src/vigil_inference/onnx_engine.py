@@ -24,6 +24,7 @@ class OnnxEngine:
         path: The graph; external data lies beside it.
         manifest: Names of its input and outputs.
         threads: For one run.
+        precision: What the graph's arithmetic is; only told on.
 
     Raises:
         InvalidBundle: MODEL_UNLOADABLE or BUNDLE_OUTPUT_MISSING.
@@ -31,9 +32,9 @@ class OnnxEngine:
 
     name = "onnxruntime"
     version = onnxruntime.__version__
-    precision = "f32"
 
-    def __init__(self, path: Path, manifest: Manifest, *, threads: int) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, threads: int, precision: str = "f32") -> None:
+        self.precision = precision
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

@@ -27,6 +27,7 @@ class OpenVinoEngine:
         manifest: Names of its outputs.
         threads: For one run.
         precision: "f32", or "bf16" where the specification says so: on its own OpenVINO may take it, and flip labels.
+            "int8" for a quantised graph, whose other nodes are f32.
         cache: Writable folder for compiled graphs.
 
     Raises:
@@ -40,7 +41,7 @@ class OpenVinoEngine:
         self.precision = precision
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "int8" else precision,
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "CACHE_DIR": str(cache),

@@ -173,11 +173,13 @@ class DescribeResponse(_message.Message):
     WARM_UP_TIME_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    ARTEFACT_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """"onnxruntime" or "openvino"."""
     engine_version: _builtins.str
     precision: _builtins.str
-    """"f32", "bf16"."""
+    """"f32", "bf16", "int8"."""
     threads: _builtins.int
     batch_size: _builtins.int
     """Images a run takes; fixed where the export froze it."""
@@ -190,6 +192,10 @@ class DescribeResponse(_message.Message):
     gives_mask: _builtins.bool
     role: Global___Role.ValueType
     ready: _builtins.bool
+    artefact: _builtins.str
+    """What serves: the runtime's name for the export itself, or the name of a variant of the bundle."""
+    choice: _builtins.str
+    """With `engine: auto`, what each artefact took on this node, or why it could not serve; empty without a choice."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion: ...
     @_builtins.property
@@ -218,10 +224,12 @@ class DescribeResponse(_message.Message):
         warm_up_time: _duration_pb2.Duration | None = ...,
         role: Global___Role.ValueType = ...,
         ready: _builtins.bool = ...,
+        artefact: _builtins.str = ...,
+        choice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time", "model", b"model", "warm_up_time", b"warm_up_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_fixed", b"batch_fixed", "batch_size", b"batch_size", "default_threshold", b"default_threshold", "engine", b"engine", "engine_version", b"engine_version", "gives_map", b"gives_map", "gives_mask", b"gives_mask", "input_height", b"input_height", "input_width", b"input_width", "load_time", b"load_time", "model", b"model", "parity", b"parity", "precision", b"precision", "ready", b"ready", "role", b"role", "threads", b"threads", "warm_up_time", b"warm_up_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artefact", b"artefact", "batch_fixed", b"batch_fixed", "batch_size", b"batch_size", "choice", b"choice", "default_threshold", b"default_threshold", "engine", b"engine", "engine_version", b"engine_version", "gives_map", b"gives_map", "gives_mask", b"gives_mask", "input_height", b"input_height", "input_width", b"input_width", "load_time", b"load_time", "model", b"model", "parity", b"parity", "precision", b"precision", "ready", b"ready", "role", b"role", "threads", b"threads", "warm_up_time", b"warm_up_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
