@@ -23,7 +23,7 @@ from tests.support.kube import API, Kube, kube
 from tests.support.kube_node import ended, report, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -290,6 +290,43 @@ async def test_the_model_of_a_resource_can_not_be_changed(world: Kube) -> None:
     patch = json.dumps({"spec": {"source": {"model": "bottles"}}})
     said = await world.kubectl("patch", "am", "cells", "--type=merge", "-p", patch, check=False)
     assert "can't be changed" in said
+
+
+async def test_autoscaling_comes_and_goes_without_a_drop_in_workers(world: Kube) -> None:
+    await _live_v1(world)
+    await world.apply("cells", 1, replicas=3)
+    await world.until("cells", lambda status: status["live"]["readyReplicas"] == 3, "ready")
+
+    async def scalers() -> list[dict[str, Any]]:
+        return await world.api.list("autoscaling/v2", "HorizontalPodAutoscaler", world.namespace)
+
+    async def replicas() -> int:
+        (body,) = await world.api.list("apps/v1", "Deployment", world.namespace)
+        return int(body["spec"]["replicas"])
+
+    await world.apply("cells", 1, autoscaling={"min": 2, "max": 5})
+    await _until_true(scalers)
+    assert await replicas() == 3
+    (name,) = await world.deployments()
+    await world.kubectl("scale", f"deployment/{name}", "--replicas=5")
+    await world.until("cells", lambda status: status["replicas"] == 5, "scaled")
+    assert await replicas() == 5
+    world.operator.end(signal.SIGKILL)
+    world.operator.start()
+    await world.apply("cells", 1, replicas=2)
+    await world.until("cells", lambda status: status["replicas"] == 2, "scaled back")
+
+    async def gone() -> bool:
+        return not await scalers()
+
+    await _until_true(gone)
+
+
+async def _until_true(holds: Callable[[], Awaitable[Any]]) -> None:
+    deadline = time.monotonic() + 30
+    while not await holds():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
 
 
 async def test_scaling_by_kubectl_reaches_the_workers(world: Kube) -> None:

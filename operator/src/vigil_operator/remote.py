@@ -97,7 +97,9 @@ class GrpcRegistry:
         found: dict[str, list[Published]] = {}
         for model in response.models:
             version = model.version
-            found.setdefault(version.name, []).append(Published(version.version, version.digest))
+            found.setdefault(version.name, []).append(
+                Published(version.version, version.digest, deprecated=bool(model.deprecated))
+            )
         return {model: tuple(versions) for model, versions in found.items()}
 
 

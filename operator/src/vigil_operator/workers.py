@@ -25,6 +25,7 @@ from vigil_operator.render import (
     build_workers,
     server_name,
     short,
+    workers_name,
 )
 
 if TYPE_CHECKING:
@@ -130,6 +131,13 @@ class KubernetesWorkers:
         for api, kind, cache in (("apps/v1", "Deployment", self.deployments), ("v1", "Pod", self.pods)):
             found = [body for place in places for body in await self._api.list(api, kind, place, SELECTOR)]
             cache.replace(found)
+        for api, kind in VERSION_KINDS:
+            if kind == "ScaledObject" and not self._settings.keda:
+                continue
+            for body in [body for place in places for body in await self._api.list(api, kind, place, SELECTOR)]:
+                metadata = body["metadata"]
+                # What it says is not known, so it is applied again, or deleted.
+                self._applied[kind, metadata["namespace"], metadata["name"]] = _Applied("", 0, 0.0)
 
     async def observe(self, resource: Resource, *, describe: str | None) -> Mapping[str, Workload]:
         """From what was seen; only descriptions are asked for."""
@@ -183,8 +191,18 @@ class KubernetesWorkers:
 
     async def ensure(self, resource: Resource, version: int, digest: str) -> None:
         """Apply what a version has, where it is not there as it should be."""
-        for manifest in build_workers(resource, self._settings, version, digest):
+        manifests = build_workers(resource, self._settings, version, digest)
+        for manifest in manifests:
             await self._ensure(resource, manifest)
+        kept = {manifest["kind"] for manifest in manifests}
+        await self._delete_others(resource.namespace, workers_name(resource, digest), kept)
+
+    async def _delete_others(self, namespace: str, name: str, kept: set[str]) -> None:
+        """What a version has no more."""
+        for api, kind in VERSION_KINDS:
+            if kind not in kept and (kind, namespace, name) in self._applied:
+                await self._api.delete(api, kind, namespace, name)
+                del self._applied[kind, namespace, name]
 
     async def _ensure(self, resource: Resource, manifest: Manifest) -> None:
         kind, name = manifest["kind"], manifest["metadata"]["name"]
@@ -200,6 +218,12 @@ class KubernetesWorkers:
                 same = time.monotonic() - applied.at_s < REAPPLY_S
             if same:
                 return
+        scaling = resource.spec.autoscaling
+        if kind == "Deployment" and scaling is not None:
+            # Left out, it would fall to one; as it is, the scaler's own changes stay.
+            now = seen["spec"].get("replicas", scaling.min) if seen is not None else scaling.min
+            replicas = min(max(now, scaling.min), scaling.max)
+            manifest = {**manifest, "spec": {**manifest["spec"], "replicas": replicas}}
         made = await self._api.apply(manifest)
         metrics.APPLIED.labels(kind).inc()
         if kind == "Deployment":
@@ -212,9 +236,7 @@ class KubernetesWorkers:
         for deployment in self.deployments.of(key):
             if deployment["metadata"].get("annotations", {}).get(DIGEST_ANNOTATION) == digest:
                 name = deployment["metadata"]["name"]
-                for api, kind in VERSION_KINDS:
-                    if self._applied.pop((kind, resource.namespace, name), None) is not None or kind == _ALWAYS:
-                        await self._api.delete(api, kind, resource.namespace, name)
+                await self._delete_others(resource.namespace, name, set())
                 await self._api.delete("apps/v1", "Deployment", resource.namespace, name)
                 self._applied.pop(("Deployment", resource.namespace, name), None)
                 self.deployments.drop(deployment)
@@ -226,10 +248,6 @@ class KubernetesWorkers:
             k for k in self._applied if k[1] == namespace and (k[2].startswith(f"{name}-") or k[2] == f"vigil-{name}")
         ]:
             del self._applied[applied]
-
-
-# Every version has one.
-_ALWAYS = "PodDisruptionBudget"
 
 
 def _is_ready(pod: Manifest) -> bool:
