@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import secrets
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from vigil_cli.demo_shadow import inverted
 from vigil_trainer import train
 
 from tests.e2e.conftest import NEXT_TAG, OWN, REGISTRY, TAG
-from tests.e2e.tools import ROOT, ClientPod, Cluster, check_account, say, wait_until
+from tests.e2e.tools import ROOT, ClientPod, Cluster, certificates, check_account, say, wait_until
 from tests.support.cells import load_cells
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
 NAMESPACE, RELEASE, MODEL = "vigil-e2e", "vigil", "cells"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
@@ -27,7 +35,7 @@ class Platform:
         self.client = ClientPod(cluster, NAMESPACE)
         self.ids: list[str] = []
 
-    def install(self, *settings: str, tag: str = TAG) -> float:
+    def install(self, *settings: str, tag: str = TAG, operator: Sequence[str] = ()) -> float:
         """Both charts, or what changed in them; seconds until all is ready."""
         started = time.monotonic()
         images = [f"image.registry={REGISTRY}", f"image.tag={tag}"]
@@ -38,8 +46,8 @@ class Platform:
         sizes = ["valkey.persistence.size=1Gi", "reductstore.persistence.size=2Gi", "valkey.maxmemory=512mb"]
         chosen = [f"--set={value}" for value in (*images, *sizes, *settings)]
         self.cluster.helm(*common, RELEASE, str(ROOT / "charts/vigil"), *chosen)
-        operator = [f"--set=image.registry={REGISTRY}", f"--set=image.tag={TAG}"]
-        self.cluster.helm(*common, f"{RELEASE}-operator", str(ROOT / "charts/vigil-operator"), *operator)
+        chosen = [f"--set={value}" for value in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *operator)]
+        self.cluster.helm(*common, f"{RELEASE}-operator", str(ROOT / "charts/vigil-operator"), *chosen)
         return time.monotonic() - started
 
     def pods(self, selector: str = "") -> list[dict[str, Any]]:
@@ -89,12 +97,30 @@ class Platform:
         found: dict[str, Any] = wait_until(f"{MODEL} {version} live", live, deadline_s)
         return found
 
+    def start_client(self, env: Mapping[str, str], secrets: Mapping[str, str], **more: bytes) -> None:
+        """The client, with the cells; in place of an earlier one."""
+        self.cluster.kubectl("delete", "pod", "-n", NAMESPACE, self.client.name, "--ignore-not-found")
+        files = {f"cells/{number:03}.png": image for number, image in enumerate(load_cells().test_images)}
+        files["client.py"] = (ROOT / "tests/e2e/client.py").read_bytes()
+        addresses = {
+            "VIGIL_ADDRESS": f"{RELEASE}-ingest:50051",
+            "VIGIL_STORAGE_ADDRESS": f"{RELEASE}-storage:50053",
+            "VIGIL_REDIS_URL": f"redis://{RELEASE}-valkey:6379/0",
+        }
+        self.client.start(f"{REGISTRY}/vigil/cli:{TAG}", {**addresses, **env}, secrets, {**files, **more})
+
     def publish(self, bundle: bytes, name: str) -> None:
         """Hand a bundle to the platform, from the client."""
         self.cluster.kubectl(
             "exec", "-i", "-n", NAMESPACE, self.client.name, "--", "sh", "-c", f"cat > /data/{name}", stdin=bundle
         )
         say(self.client.run("vigil", "model", "publish", f"/data/{name}").strip().splitlines()[-1])
+
+
+def secret(name: str, values: Mapping[str, str]) -> dict[str, Any]:
+    """A Secret of the namespace."""
+    metadata = {"name": name, "namespace": NAMESPACE}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": dict(values)}
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +147,8 @@ def test_both_charts_install_from_nothing_under_restricted_pod_security(platform
 
 def test_cells_streamed_from_another_pod_are_judged_and_kept(platform: Platform) -> None:
     # Given a published model that an AnomalyModel asks for
+    platform.start_client({}, {})
     cells = load_cells()
-    files = {f"cells/{number:03}.png": image for number, image in enumerate(cells.test_images)}
-    files["client.py"] = (ROOT / "tests/e2e/client.py").read_bytes()
-    env = {
-        "VIGIL_ADDRESS": f"{RELEASE}-ingest:50051",
-        "VIGIL_STORAGE_ADDRESS": f"{RELEASE}-storage:50053",
-        "VIGIL_REDIS_URL": f"redis://{RELEASE}-valkey:6379/0",
-    }
-    platform.client.start(f"{REGISTRY}/vigil/cli:{TAG}", env, {}, files)
     platform.publish(train(cells.train[:80], name=MODEL).bundle, "v1.tar")
     started = time.monotonic()
     platform.model(1)
@@ -147,6 +166,59 @@ def test_cells_streamed_from_another_pod_are_judged_and_kept(platform: Platform)
     lines = [line for line in told.splitlines() if line.startswith(("verdict:", "storage: keeps"))]
     say("; ".join(lines))
     assert len(lines) == 2
+
+
+def test_a_better_version_is_promoted_and_a_broken_one_is_not_under_a_running_stream(platform: Platform) -> None:
+    # Given version 1 live under a running stream, and version 2 published
+    second = train(load_cells().train[60:200], name=MODEL).bundle
+    platform.publish(second, "v2.tar")
+    stream = platform.client.stream(MODEL, count=100_000, rate=RATE)
+    stream.wait_for_answers(20)
+    # when version 2 is asked for
+    gates = {"minFrames": 60, "minAnomalous": 3, "minDuration": "3s", "maxFlipFraction": 0.6, "maxLatencyRatio": 10}
+    asked = time.monotonic()
+    platform.model(2, rollout={"gates": gates})
+    # then it runs in shadow, passes its gates, and is promoted
+    wait_until("shadow", lambda: platform.status().get("phase") == "Shadowing")
+    status = platform.wait_live(2)
+    say(f"version 2 live {time.monotonic() - asked:.0f} s after kubectl apply; {len(status['history'])} in its history")
+    platform.cluster.kubectl(
+        "wait", "--for=condition=Promoted", "-n", NAMESPACE, f"anomalymodel/{MODEL}", "--timeout=10s"
+    )
+    stream.wait_for_answers(20)
+    # And when a version that says the opposite is asked for, it fails and version 2 stays
+    platform.publish(inverted(second), "v3.tar")
+    platform.model(3, rollout={"gates": gates})
+
+    def failure() -> dict[str, Any] | None:
+        status = platform.status()
+        failed = status.get("phase") != "Shadowing" and status.get("lastFailure")
+        return status if failed else None
+
+    status = wait_until("version 3 to fail", failure, 180.0)
+    say(f"version 3: {status['phase']}, {status['lastFailure']['reason']}: {status['lastFailure']['message'][:150]}")
+    assert str(status["live"]["version"]) == "2"
+    stream.wait_for_answers(20)
+    # And when a person goes back, version 1 is live again
+    platform.model(2, rollout={"gates": gates})
+    platform.wait_live(2)
+    request = f"vigil.dev/request=rollback - {time.time_ns()}"
+    platform.cluster.kubectl("annotate", "--overwrite", "-n", NAMESPACE, f"anomalymodel/{MODEL}", request)
+
+    def back() -> bool:
+        return str(platform.status().get("live", {}).get("version")) == "1"
+
+    asked = time.monotonic()
+    wait_until("version 1 live again", back)
+    say(f"back at version 1 after {time.monotonic() - asked:.1f} s")
+    stream.wait_for_answers(20)
+    # and no frame was lost by any of it
+    account = stream.stop()
+    check_account(platform.client, MODEL, account)
+    assert set(account["versions"]) == {"1", "2"}
+    platform.ids += account["sent"]
+    platform.model(1)
+    platform.wait_live(1)
 
 
 def test_workers_scale_from_one_to_three_and_back_under_load(platform: Platform) -> None:
@@ -238,3 +310,58 @@ def test_what_was_uninstalled_finds_everything_again(platform: Platform) -> None
     say(f"{len(platform.ids) - len(lost)} of {len(platform.ids)} frames found again")
     assert not lost
     check_account(platform.client, MODEL, platform.client.stream(MODEL, count=50, rate=RATE).result())
+
+
+def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_path: Path) -> None:
+    # Given certificates of one authority, tokens and passwords in Secrets
+    parts = ("ingest", "storage", "shadow", "review", "valkey", "reductstore")
+    hosts = [f"{RELEASE}-{part}{end}" for part in parts for end in ("", f".{NAMESPACE}.svc")]
+    files = certificates(tmp_path / "ours", [*hosts, f"vigil-{MODEL}.{NAMESPACE}.svc", "localhost"])
+    stranger = certificates(tmp_path / "theirs", hosts)
+    tokens = {name: secrets.token_hex(32) for name in ("service", "client")}
+    known = [
+        {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), "roles": roles}
+        for (name, token), roles in zip(tokens.items(), (["serve"], ["admin"]), strict=True)
+    ]
+    platform.cluster.apply(
+        secret("vigil-tls", files),
+        secret("vigil-redis", {"password": secrets.token_hex(16), "ca.crt": files["ca.crt"]}),
+        secret("vigil-reduct", {"token": secrets.token_hex(16)}),
+        secret("vigil-tokens", {"tokens.yaml": json.dumps({"tokens": known})}),
+        secret("vigil-service-token", {"token": tokens["service"]}),
+        secret("vigil-client-token", {"token": tokens["client"]}),
+    )
+    # when everything is switched to them
+    seconds = platform.install(
+        *("tls.enabled=true", "tls.existingSecret=vigil-tls", "valkey.existingSecret=vigil-redis"),
+        *("reductstore.existingSecret=vigil-reduct", "auth.enabled=true", "auth.tokensSecret=vigil-tokens"),
+        *("auth.serviceTokenSecret=vigil-service-token", "test.tokenSecret=vigil-client-token", f"test.model={MODEL}"),
+        operator=(
+            *("secrets.redis=vigil-redis", "secrets.tls=vigil-tls"),
+            *("secrets.token=vigil-service-token", "secrets.tokens=vigil-tokens"),
+        ),
+    )
+    say(f"all ready with TLS after {seconds:.0f} s")
+    platform.start_client(
+        {
+            "VIGIL_REDIS_URL": f"rediss://{RELEASE}-valkey:6379/0",
+            "VIGIL_REDIS_PASSWORD_FILE": "/etc/vigil/redis/password",
+            "VIGIL_REDIS_CA_FILE": "/etc/vigil/redis/ca.crt",
+            "VIGIL_TLS_CA_FILE": "/etc/vigil/redis/ca.crt",
+            "VIGIL_TOKEN_FILE": "/etc/vigil/token/token",
+        },
+        {"redis": "vigil-redis", "token": "vigil-client-token"},
+        **{"stranger.crt": stranger["ca.crt"].encode()},
+    )
+    # then who has a token streams
+    check_account(platform.client, MODEL, platform.client.stream(MODEL, count=50, rate=RATE).result())
+    platform.cluster.helm("test", RELEASE, "--namespace", NAMESPACE, "--timeout", "120s")
+    # who has none is told so
+    told = platform.client.run("sh", "-c", "VIGIL_TOKEN_FILE= vigil check 2>&1 || true")
+    say(told.strip().splitlines()[-1])
+    assert "TOKEN_MISSING" in told
+    # and who trusts another authority does not even connect
+    told = platform.client.run("sh", "-c", "VIGIL_TLS_CA_FILE=/data/stranger.crt vigil check --deadline 5 2>&1 || true")
+    say(told.strip().splitlines()[-1])
+    assert "CERTIFICATE_VERIFY_FAILED" in told or "UNAVAILABLE" in told
+    assert "answers" not in told

@@ -233,3 +233,21 @@ def check_account(client: ClientPod, model: str, account: Mapping[str, Any], *, 
     assert not lost
     assert not twice
     assert settled["dead"] == 0
+
+
+def certificates(folder: Path, hosts: Sequence[str]) -> dict[str, str]:
+    """`tls.crt` and `tls.key` for these hosts, of an authority made for them alone, and its `ca.crt`."""
+    folder.mkdir()
+    names = ",".join(f"DNS:{host}" for host in hosts)
+    (folder / "extensions").write_text(f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n")
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for command in (
+        ("req", "-x509", *key, "-days", "2", "-subj", "/CN=vigil-test-ca", "-keyout", "ca.key", "-out", "ca.crt"),
+        ("req", *key, "-subj", "/CN=vigil", "-keyout", "tls.key", "-out", "tls.csr"),
+        (
+            *("x509", "-req", "-days", "2", "-in", "tls.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial"),
+            *("-extfile", "extensions", "-out", "tls.crt"),
+        ),
+    ):
+        subprocess.run(["openssl", *command], cwd=folder, check=True, capture_output=True)
+    return {name: (folder / name).read_text() for name in ("tls.crt", "tls.key", "ca.crt")}
