@@ -138,6 +138,8 @@ class Kube:
 @contextlib.asynccontextmanager
 async def kube(cluster: LightCluster, folder: Path) -> AsyncIterator[Kube]:
     """An operator for every namespace."""
+    # What kubectl and its plugin go by; other tests may have a cluster of their own.
+    before = os.environ.get("KUBECONFIG")
     os.environ["KUBECONFIG"] = str(cluster.kubeconfig)
     await asyncio.to_thread(cluster.kubectl, "apply", "--server-side", "-f", str(CRD))
     await asyncio.to_thread(
@@ -171,3 +173,6 @@ async def kube(cluster: LightCluster, folder: Path) -> AsyncIterator[Kube]:
             await node.close()
             await streams.close()
             valkey.kill()
+            del os.environ["KUBECONFIG"]
+            if before is not None:
+                os.environ["KUBECONFIG"] = before
