@@ -1,0 +1,304 @@
+"""The review page over plain HTTP: who gets in, what gets through, and what strangers can't do."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import re
+import secrets
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from aiohttp import CookieJar, FormData
+from aiohttp.test_utils import BaseTestServer, TestClient, TestServer
+from PIL import Image
+from vigil.storage.v1 import storage_pb2_grpc
+from vigil_common.config import SecuritySettings
+from vigil_common.errors import InvalidInput
+from vigil_common.grpc.server import create_server
+from vigil_common.store.embedded import EmbeddedFrameStore
+from vigil_common.store.embedded_models import EmbeddedModelStore
+from vigil_common.store.ports import Record
+from vigil_common.streams.memory import MemoryStreams
+from vigil_review import pictures
+from vigil_review.app import create_app
+from vigil_review.backend import Backend
+from vigil_review.config import Settings
+from vigil_review.domain import BINS, Frame, cameras
+from vigil_review.sessions import MOST, Sessions
+from vigil_storage.annotations import AnnotationKeeper
+from vigil_storage.app import Storage
+from vigil_storage.bootstrap import ACCESS
+from vigil_storage.reviews import Reviews
+from vigil_storage.servicer import FrameServicer, ModelServicer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from aiohttp.client import ClientResponse
+
+M = "cells"
+T0 = 1_750_000_000_000_000
+WIDTH, HEIGHT = 16, 12
+TOKENS = {
+    "Ann": {"roles": ["review"], "models": [M]},
+    "Eve": {"roles": ["review"], "models": ["glass"]},
+    "line-1": {"roles": ["stream"]},
+}
+
+
+def image(kind: str = "PNG", *, mode: str = "L", size: tuple[int, int] = (WIDTH, HEIGHT), fill: Any = 90) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, fill).save(file, kind)
+    return file.getvalue()
+
+
+def record(number: int, *, kind: str = "PNG") -> Record:
+    body = image(kind, fill=number)
+    labels = {
+        "frame_id": f"f{number}",
+        "sha256": hashlib.sha256(body).hexdigest(),
+        "model": M,
+        "camera": "line-1",
+        "captured_at_us": str(T0 + number),
+        "width": str(WIDTH),
+        "height": str(HEIGHT),
+        "outcome": "judged",
+        "score": "0.4",
+        "threshold": "0.5",
+        "label": "normal",
+        "version": "1",
+    }
+    return Record(f"{M}/line-1", T0 + number * 1_000, labels, body, f"image/{kind.lower()}")
+
+
+@dataclass
+class Site:
+    """Storage with tokens, and the page before it, each on a port of its own."""
+
+    tokens: dict[str, str]
+    frames: EmbeddedFrameStore
+    storage: Any
+    server: BaseTestServer
+    sessions: Sessions
+    clock: list[float]
+    clients: list[TestClient[Any, Any]] = field(default_factory=list)
+
+    async def browser(self) -> TestClient[Any, Any]:
+        """Somebody's browser, with cookies of its own."""
+        client = TestClient(self.server, cookie_jar=CookieJar(unsafe=True))
+        self.clients.append(client)
+        return client
+
+    async def logged_in(self, who: str = "Ann") -> TestClient[Any, Any]:
+        """As they would."""
+        client = await self.browser()
+        answer = await client.post("/login", data={"name": who, "token": self.tokens[who]})
+        assert str(answer.url.path) == "/"
+        return client
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    tokens = {name: secrets.token_hex(32) for name in TOKENS}
+    known = [
+        {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), **TOKENS[name]}
+        for name, token in tokens.items()
+    ]
+    (tmp_path / "tokens.yaml").write_text(yaml.safe_dump({"tokens": known}))
+    frames = await EmbeddedFrameStore.open(tmp_path)
+    annotations = await EmbeddedFrameStore.open(tmp_path / "annotations")
+    models = await EmbeddedModelStore.open(tmp_path)
+    streams = MemoryStreams()
+    reviews = Reviews(frames, annotations, streams.reviews, now_us=lambda: T0 + 1_000_000)
+    security = SecuritySettings(tokens_file=tmp_path / "tokens.yaml")
+    handle = create_server("127.0.0.1:0", access=ACCESS, security=security)
+    app = Storage(frames, models)
+    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
+    storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
+    await handle.start()
+    keeper = AnnotationKeeper(M, streams.reviews, annotations, frames, confirm_after_s=0.05)
+    keeping = asyncio.create_task(keeper.run())
+    backend = Backend(Settings(storage_address=f"127.0.0.1:{handle.port}"))
+    clock = [0.0]
+    sessions = Sessions(60.0, clock=lambda: clock[0])
+    async with TestServer(create_app(backend, sessions, secure=False)) as server:
+        found = Site(tokens, frames, handle, server, sessions, clock)
+        yield found
+        for client in found.clients:
+            await client.session.close()
+    await backend.close()
+    keeping.cancel()
+    await asyncio.gather(keeping, return_exceptions=True)
+    await handle.drain(0)
+    for store in (frames, annotations, models):
+        await store.close()
+
+
+async def form_of(client: TestClient[Any, Any], path: str) -> dict[str, str]:
+    """The hidden fields of a page's form, as a browser sends them."""
+    text = await (await client.get(path)).text()
+    page = text[text.index("<main>") :]
+    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', page))
+
+
+async def labels(site: Site, frame_id: str) -> dict[str, str]:
+    return dict((await site.frames.find(M, frame_id)).labels)
+
+
+async def test_nobody_gets_past_the_login_without_a_token_that_may_review(site: Site) -> None:
+    stranger = await site.browser()
+    for path in ("/", f"/m/{M}", f"/m/{M}/next", f"/m/{M}/f/line-1/f1", f"/m/{M}/f/line-1/f1/image"):
+        answer = await stranger.get(path, allow_redirects=False)
+        assert (answer.status, answer.headers["Location"]) == (303, "/login"), path
+    for token, why in (("", "Bearer"), ("wrong", "nobody has this token"), (site.tokens["line-1"], "role")):
+        answer = await stranger.post("/login", data={"name": "Ann", "token": token})
+        assert answer.status == 403
+        assert why in await answer.text()
+    assert (await stranger.post("/login", data={"name": " ", "token": site.tokens["Ann"]})).status == 400
+    client = await site.logged_in()
+    assert "Nothing is published yet" in await (await client.get("/")).text()
+
+
+async def test_a_token_never_comes_back_and_is_good_for_its_models_only(site: Site) -> None:
+    await site.frames.write([record(1)])
+    client = await site.logged_in("Eve")
+    seen: list[ClientResponse] = [await client.get(path) for path in ("/", f"/m/{M}/next", f"/m/{M}/f/line-1/f1")]
+    assert [answer.status for answer in seen] == [200, 403, 403]
+    for answer in seen:
+        assert site.tokens["Eve"] not in await answer.text() + str(answer.headers) + str(answer.cookies)
+
+
+async def test_every_answer_keeps_strangers_scripts_and_frames_out(site: Site) -> None:
+    client = await site.logged_in()
+    for path in ("/", "/login", "/healthz", "/static/review.js", "/nothing", f"/m/{M}/f/line-1/none"):
+        answer = await client.get(path)
+        policy = answer.headers["Content-Security-Policy"]
+        assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy, path
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    login = await client.post("/login", data={"name": "Ann", "token": site.tokens["Ann"]}, allow_redirects=False)
+    cookie = login.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+
+
+async def test_a_form_counts_only_from_the_sessions_own_page(site: Site) -> None:
+    await site.frames.write([record(1)])
+    client, other = await site.logged_in(), await site.logged_in()
+    place = f"/m/{M}/f/line-1/f1"
+    stolen = await form_of(other, place)
+    own = await form_of(client, place)
+    for data, headers in (
+        ({"label": "normal"}, {}),
+        ({"label": "normal", **stolen}, {}),
+        ({"label": "normal", **own}, {"Sec-Fetch-Site": "cross-site"}),
+    ):
+        assert (await client.post(place, data=data, headers=headers)).status == 403
+    assert "human" not in await labels(site, "f1")
+    answer = await client.post(place, data={"label": "normal", **own}, headers={"Sec-Fetch-Site": "same-origin"})
+    assert answer.status == 200
+    assert (await labels(site, "f1"))["human"] == "normal"
+
+
+async def test_labels_work_without_the_script_and_notes_stay_text(site: Site) -> None:
+    await site.frames.write([record(1), record(2)])
+    client = await site.logged_in()
+    first = await client.get(f"/m/{M}/next")
+    assert re.fullmatch(rf"/m/{M}/f/line-1/f[12]", first.url.path)
+    form = {"label": "unsure", "note": '<script>alert("x")</script>', **await form_of(client, first.url.path)}
+    second = await client.post(first.url.path, data=form)
+    assert second.url.path != first.url.path
+    assert "unsure: kept" in await second.text()
+    text = await (await client.get(first.url.path)).text()
+    assert "&lt;script&gt;alert" in text
+    assert "<script>alert" not in text
+    # The same form again, as after a lost answer, says nothing twice.
+    assert (await client.post(first.url.path, data=form)).status == 200
+    assert (await (await client.get(first.url.path)).text()).count("&lt;script&gt;") == 1
+    done = await (await client.get(f"/m/{M}/next")).text()
+    assert "Nothing left to review" in done
+
+
+async def test_a_mask_of_another_size_is_refused_in_words_and_one_that_fits_comes_back(site: Site) -> None:
+    await site.frames.write([record(1)])
+    client = await site.logged_in()
+    place = f"/m/{M}/f/line-1/f1"
+
+    async def send(mask: bytes) -> ClientResponse:
+        form = FormData({"label": "anomalous", **await form_of(client, place)})
+        form.add_field("mask", mask, filename="mask.png", content_type="image/png")
+        return await client.post(place, data=form)
+
+    answer = await send(image(mode="RGBA", size=(8, 8), fill=(255, 0, 0, 255)))
+    assert answer.status == 400
+    assert "8 x 8" in await answer.text()
+    assert (await send(b"rubbish")).status == 400
+    assert "human" not in await labels(site, "f1")
+    assert (await client.get(f"{place}/mask")).status == 404
+    assert (await send(image(mode="RGBA", fill=(255, 0, 0, 255)))).status == 200
+    with Image.open(io.BytesIO(await (await client.get(f"{place}/mask")).read())) as kept:
+        assert (kept.mode, kept.size, kept.getextrema()) == ("L", (WIDTH, HEIGHT), (255, 255))
+
+
+async def test_images_are_shown_as_they_are_and_tiff_as_png(site: Site) -> None:
+    await site.frames.write([record(1), record(2, kind="TIFF")])
+    client = await site.logged_in()
+    answer = await client.get(f"/m/{M}/f/line-1/f1/image")
+    assert (answer.content_type, await answer.read()) == ("image/png", record(1).body)
+    answer = await client.get(f"/m/{M}/f/line-1/f2/image")
+    assert answer.content_type == "image/png"
+    with Image.open(io.BytesIO(await answer.read())) as shown:
+        assert shown.getpixel((0, 0)) == (2, 2, 2)
+    assert (await client.get(f"/m/{M}/f/line-1/f1/ai-view")).status == 404
+
+
+async def test_sessions_end_by_themselves_and_are_bounded(site: Site) -> None:
+    client = await site.logged_in()
+    site.clock[0] += 59
+    assert (await client.get("/", allow_redirects=False)).status == 200
+    site.clock[0] += 61
+    assert (await client.get("/", allow_redirects=False)).status == 303
+    client = await site.logged_in()
+    for number in range(MOST):
+        site.sessions.begin(f"p{number}", "")
+    assert (await client.get("/", allow_redirects=False)).status == 303
+
+
+async def test_where_storage_is_away_the_page_says_so(site: Site) -> None:
+    client = await site.logged_in()
+    await site.storage.drain(0)
+    answer = await client.get("/")
+    assert answer.status == 503
+    assert "That did not work" in await answer.text()
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG", image()[:40]])
+def test_a_canvas_that_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidInput, match="drawn mask"):
+        pictures.drawn(data)
+
+
+def test_a_canvas_without_a_mark_is_no_mask() -> None:
+    assert pictures.drawn(image(mode="RGBA", fill=(255, 0, 0, 100))) == b""
+
+
+def test_cameras_show_rate_and_scores_on_one_scale() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def frame(camera: str, score: float | None, after_s: int = 0) -> Frame:
+        label = "" if score is None else "anomalous" if score >= 0.5 else "normal"
+        at = now + timedelta(seconds=after_s)
+        return Frame("f", camera, at, at, "image/png", 1, 1, 1, score, 0.5 + after_s, label, "", "")
+
+    first, second = cameras([frame("b", 0.0), frame("a", 1.0), frame("b", 3.0, 1), frame("b", None)], 60.0)
+    assert (first.name, first.frames, first.anomalous, first.per_minute) == ("a", 1, 1, 1.0)
+    assert (second.name, second.frames, second.anomalous, second.per_minute) == ("b", 2, 1, 2.0)
+    assert (first.high, second.high, second.threshold) == (3.0, 3.0, 1.5)
+    assert [place for place, count in enumerate(second.bins) if count] == [0, BINS - 1]
