@@ -91,7 +91,7 @@ class Site:
 
     async def browser(self) -> TestClient[Any, Any]:
         """Somebody's browser, with cookies of its own."""
-        client = TestClient(self.server, cookie_jar=CookieJar(unsafe=True))
+        client: TestClient[Any, Any] = TestClient(self.server, cookie_jar=CookieJar(unsafe=True))
         self.clients.append(client)
         return client
 
