@@ -156,6 +156,43 @@ async def test_a_candidate_far_behind_goes_on_where_live_is_and_the_skipped_are_
     await judge(streams, *names[6:])
 
 
+async def test_a_candidate_that_holds_every_frame_costs_live_none(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 5)
+    names = [f"f{index}" for index in range(8)]
+    route = await compare(streams)
+    await admit(streams, *names)
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    held = await candidate.read(count=8, block_ms=100)
+    await judge(streams, *names[:6])
+    assert await store(streams) == 6
+    assert await skipped(streams, route) == 6
+    assert (await streams.queue.depth(M)).frames == 2
+    await judge(streams, *names[6:])
+    assert await candidate.emit([shown(frame, name) for frame, name in zip(held, names, strict=True)]) == [
+        *[False] * 6,
+        *[True] * 2,
+    ]
+    assert await store(streams) == 2
+
+
+async def test_a_backlog_of_live_makes_the_candidate_skip_nothing(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 5)
+    names = [f"f{index}" for index in range(20)]
+    route = await compare(streams)
+    await admit(streams, *names)
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    await judge(streams, *names[:4])
+    assert await store(streams) == 0
+    assert len(await candidate.read(count=100, block_ms=100)) == 20
+    assert await skipped(streams, route) == 0
+
+
 async def test_a_step_counts_once_however_often_it_is_tried(streams: Streams) -> None:
     await compare(streams)
     step = ReportStep(

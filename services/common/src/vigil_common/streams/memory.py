@@ -375,9 +375,10 @@ class MemoryOutcomeSource:
             wanted = min([*state.shadow_pending, state.shadow_delivered + 1])
             held = [entry for entry in state.frames if entry >= wanted]
             held_bytes = sum(self._streams.size(state.frames[entry]) for entry in held)
-            if wanted < low and len(held) <= SHADOW_FRAMES_AT_MOST and held_bytes <= self._streams.budget_bytes / 2:
+            alone = sum(1 for entry in held if entry < low)
+            if 0 < alone <= SHADOW_FRAMES_AT_MOST and held_bytes <= self._streams.budget_bytes / 2:
                 low = wanted
-            elif wanted < low:
+            elif alone:
                 late = [entry for entry in state.shadow_pending if entry < low]
                 unseen = [entry for entry in state.frames if state.shadow_delivered < entry < low]
                 for entry in late:

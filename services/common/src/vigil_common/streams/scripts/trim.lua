@@ -12,18 +12,19 @@ local function low_water(key, group)
   if not found then return nil end
   local ms, seq = string.match(found['last-delivered-id'], '^(%d+)-(%d+)$')
   local unread = ms .. '-' .. tostring(tonumber(seq) + 1)
+  local backlog = found['pending'] + (tonumber(found['lag']) or 0)
   local pending = redis.call('XPENDING', key, group, '-', '+', 1)
   if pending[1] then
     ms, seq = string.match(pending[1][1], '^(%d+)-(%d+)$')
-    return ms, seq, unread
+    return ms, seq, unread, backlog
   end
-  return ms, tostring(tonumber(seq) + 1), unread
+  return ms, tostring(tonumber(seq) + 1), unread, backlog
 end
 local function earlier(ms, seq, than_ms, than_seq)
   return tonumber(ms) < tonumber(than_ms) or (ms == than_ms and tonumber(seq) < tonumber(than_seq))
 end
 if redis.call('EXISTS', KEYS[1]) == 0 or redis.call('EXISTS', KEYS[2]) == 0 then return -1 end
-local ms, seq = low_water(KEYS[1], 'live')
+local ms, seq, _, unjudged = low_water(KEYS[1], 'live')
 local outcome_ms, outcome_seq = low_water(KEYS[2], 'storage')
 if not ms or not outcome_ms then return -1 end
 local unstored = redis.call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
@@ -55,17 +56,25 @@ local comparison = redis.call('HGET', KEYS[5], 'comparison')
 local shadow_ms, shadow_seq, unread
 if comparison then shadow_ms, shadow_seq, unread = low_water(KEYS[1], 'shadow') end
 if shadow_ms and earlier(shadow_ms, shadow_seq, ms, seq) then
-  -- Shadow is behind. What it has yet to judge stays while there are few such frames and the queue is less than half
-  -- full; then shadow goes on where live is. So it never costs live a frame, and what it skips is counted.
+  -- Shadow is behind. What it alone has yet to judge stays while it is not much and the queue is less than half full;
+  -- then shadow goes on where live is. So it never costs live a frame, and what it skips is counted.
   trim(shadow_ms .. '-' .. shadow_seq)
   local limit = tonumber(redis.call('HGET', KEYS[4], 'limit') or 'inf')
-  if redis.call('XLEN', KEYS[1]) > tonumber(ARGV[2]) or held_bytes() > limit / 2 then
+  local held = redis.call('XLEN', KEYS[1]) - unjudged - redis.call('ZCARD', KEYS[3])
+  if held > tonumber(ARGV[2]) or held_bytes() > limit / 2 then
     local target = ms .. '-' .. seq
     local skipped = 0
     local pending = redis.call('XPENDING', KEYS[1], 'shadow', '-', '(' .. target, 10000)
     for _, entry in ipairs(pending) do skipped = skipped + redis.call('XACK', KEYS[1], 'shadow', entry[1]) end
-    trim(unread)
-    local unseen = trim(target)
+    -- What it has read is counted above; what it never saw is what goes between there and the target, if that is later.
+    local unread_ms, unread_seq = string.match(unread, '^(%d+)-(%d+)$')
+    local unseen = 0
+    if earlier(unread_ms, unread_seq, ms, seq) then
+      trim(unread)
+      unseen = trim(target)
+    else
+      trim(target)
+    end
     if unseen > 0 then
       skipped = skipped + unseen
       local before = seq == '0' and string.format('%.0f-18446744073709551615', tonumber(ms) - 1)
