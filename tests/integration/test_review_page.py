@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from vigil_client import Frame, VigilClient
 
+from tests.support.browser import browser_page
 from tests.support.cells import load_cells
 from tests.support.platform import MODEL, platform
-from tests.support.review import browser_page, review_page
 
 if TYPE_CHECKING:
     from playwright.async_api import Page
@@ -79,9 +79,8 @@ async def test_a_person_sees_the_cameras_labels_by_key_and_draws_a_mask(tmp_path
                 assert result.verdict is not None
         await vigil.settled()
         workers = vigil.stack.worker_addresses[vigil.worker]
-        log = vigil.stack.folder / "logs" / "review.log"
-        serving = review_page(vigil.stack.storage_address, log, INFERENCE_ADDRESS=workers)
-        async with serving as url, browser_page() as page:
+        url = await vigil.stack.add_review(inference_address=workers)
+        async with browser_page() as page:
             await _log_in(page, url)
             await page.get_by_text("of 4 anomalous").first.wait_for()
             assert await page.locator("figure svg").count() == 2

@@ -336,6 +336,7 @@ def up(folder: Folder = FOLDER) -> None:
                 }
                 lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())
                 (stack.folder / "env").write_text(lines)
+                say(f"review page: {await stack.add_review()}")
                 say(f"up; in other terminals first: source {stack.folder / 'env'}")
                 await look_after(stack, stop)
         except StackError as error:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _HEALTH_POLL_S = 0.05
 _INGEST, _STORAGE, _SHADOW, _VALKEY, _REDUCT = "ingest", "storage", "shadow", "valkey", "reductstore"
+_REVIEW = "review"
 
 
 class StackError(RuntimeError):
@@ -31,8 +32,8 @@ class StackError(RuntimeError):
 class LocalStack:
     """The platform on this machine, without workers until `add_worker`.
 
-    Names of the parts: "valkey", "reductstore" (where one is started), "storage", "ingest", "shadow",
-    "worker-MODEL-VERSION".
+    Names of the parts: "valkey", "reductstore" (where one is started), "storage", "ingest", "shadow", "review" (where
+    asked for), "worker-MODEL-VERSION".
 
     Args:
         folder: Data, caches and `logs/NAME.log`.
@@ -159,6 +160,26 @@ class LocalStack:
         """The end of a part's output."""
         return self._processes[name].tail()
 
+    async def add_review(self, *, inference_address: str = "") -> str:
+        """Start the review page.
+
+        Args:
+            inference_address: A worker that is asked for heat maps and masks; none where empty.
+
+        Returns:
+            Its URL.
+        """
+        self._add_service(
+            _REVIEW,
+            "vigil_review",
+            REVIEW_BIND=self._bind(_REVIEW),
+            STORAGE_ADDRESS=self.storage_address,
+            INFERENCE_ADDRESS=inference_address,
+        )
+        await self.start(_REVIEW)
+        scheme = "https" if "VIGIL_TLS_CERT_FILE" in self._service_env else "http"
+        return f"{scheme}://{self._bind(_REVIEW)}"
+
     async def _up(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.store is None:
@@ -248,7 +269,8 @@ class LocalStack:
 
     async def _wait_ready(self, name: str) -> None:
         process = self._processes[name]
-        check = {_VALKEY: self._valkey_ready, _REDUCT: self._reduct_ready}.get(name, self._grpc_ready)
+        checks = {_VALKEY: self._valkey_ready, _REDUCT: self._reduct_ready, _REVIEW: self._listens}
+        check = checks.get(name, self._grpc_ready)
         try:
             async with asyncio.timeout(self._ready_s):
                 while not await check(name):
@@ -290,6 +312,16 @@ class LocalStack:
                 return False
 
         return await asyncio.to_thread(alive)
+
+    async def _listens(self, name: str) -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", self._ports[name])
+        except OSError:
+            return False
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        return True
 
     async def _grpc_ready(self, name: str) -> bool:
         async with grpc.aio.insecure_channel(self._health(name)) as channel:
