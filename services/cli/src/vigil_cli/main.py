@@ -10,6 +10,7 @@ from vigil_cli.annotate import annotate
 from vigil_cli.check import check
 from vigil_cli.evaluate import evaluate
 from vigil_cli.export import export
+from vigil_cli.optimise import optimise
 from vigil_cli.options import run
 from vigil_cli.review import review
 from vigil_cli.stream import stream
@@ -24,6 +25,7 @@ app.command()(annotate)
 app.command()(review)
 app.command()(export)
 app.add_typer(frames.app, name="frames")
+models.app.command()(optimise)
 app.add_typer(models.app, name="model")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(sites.app, name="site")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
-    from vigil_common.bundle import Manifest, Runtime
+    from vigil_common.bundle import Manifest, Precision, Runtime
     from vigil_common.pixels import Tensor
 
     Run = Callable[[Tensor], Mapping[str, NDArray[Any]]]
@@ -48,7 +48,7 @@ def run_graphs(
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(files[name])
         main = Path(folder) / manifest.artefacts[runtime].path
-        run = _open_onnx(main, manifest) if runtime == "onnxruntime" else _open_openvino(main, manifest)
+        run = open_graph(main, manifest, runtime)
         for image in images:
             tensor = to_tensor(decode(image, max_pixels=MAX_PIXELS), manifest.input)
             found = run(np.repeat(tensor, manifest.fixed_batch or 1, axis=0))
@@ -60,23 +60,39 @@ def run_graphs(
             yield Outcome(score, plane)
 
 
+def open_graph(
+    path: Path, manifest: Manifest, runtime: Runtime, *, threads: int = 0, precision: Precision = "f32"
+) -> Run:
+    """A graph, ready to run; 0 threads: as many as the runtime likes.
+
+    Raises:
+        InvalidBundle: ENGINE_MISSING, or MODEL_UNLOADABLE.
+    """
+    if runtime == "onnxruntime":
+        return _open_onnx(path, manifest, threads)
+    return _open_openvino(path, manifest, threads, "bf16" if precision == "bf16" else "f32")
+
+
 def _wanted(manifest: Manifest) -> list[str]:
     return [name for name in (manifest.outputs.score, manifest.outputs.map) if name]
 
 
-def _open_onnx(path: Path, manifest: Manifest) -> Run:
+def _open_onnx(path: Path, manifest: Manifest, threads: int) -> Run:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions share no base
         raise InvalidBundle("MODEL_UNLOADABLE", f"ONNX Runtime can't load {path.name}: {error}") from error
     names = _wanted(manifest)
     return lambda tensor: dict(zip(names, session.run(names, {manifest.input.name: tensor}), strict=True))
 
 
-def _open_openvino(path: Path, manifest: Manifest) -> Run:
+def _open_openvino(path: Path, manifest: Manifest, threads: int, precision: str) -> Run:
     openvino = load_openvino()
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     try:
-        compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
     except RuntimeError as error:
         raise InvalidBundle("MODEL_UNLOADABLE", f"OpenVINO can't load {path.name}: {error}") from error
 
