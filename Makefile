@@ -26,12 +26,13 @@ demo-shadow: .venv/.synced ## A good, a broken and a hardly seen candidate besid
 test: .venv/.synced $(REDUCTSTORE) ## Unit, contract and integration tests against real Valkey and ReductStore
 	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) pytest $(ARGS)
 
-check: .venv/.synced ## Lint, format, types, import contracts, generated code, lock
+check: .venv/.synced ## Lint (bandit's rules too), format, types, import contracts, secrets, generated code, lock
 	$(UV) lock --check
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
 	$(RUN) lint-imports
+	$(RUN) python -m tests.support.secrets_scan
 	$(RUN) python protos/generate.py --check
 	$(RUN) python charts/generate.py --check
 	$(RUN) python -m vigil_operator.crd --check
