@@ -15,7 +15,7 @@ import pytest
 import yaml
 from aiohttp import CookieJar, FormData
 from aiohttp.test_utils import BaseTestServer, TestClient, TestServer
-from PIL import Image
+from PIL import Image, ImageOps
 from vigil.storage.v1 import storage_pb2_grpc
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
@@ -283,6 +283,29 @@ async def test_where_storage_is_away_the_page_says_so(site: Site) -> None:
 def test_a_canvas_that_is_no_picture_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidInput, match="drawn mask"):
         pictures.drawn(data)
+
+
+def test_sixteen_bits_are_shown_at_their_brightness() -> None:
+    file = io.BytesIO()
+    Image.new("I;16", (4, 4), 0x8000).save(file, "TIFF")
+    data, content_type = pictures.shown(file.getvalue(), "image/tiff")
+    with Image.open(io.BytesIO(data)) as shown:
+        assert (content_type, shown.getpixel((0, 0))) == ("image/png", 128)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_workers_picture_lies_over_the_stored_pixels_whatever_exif_says(orientation: int) -> None:
+    stored = Image.new("L", (6, 4))
+    stored.putpixel((1, 2), 255)
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION_TAG] = orientation
+    file = io.BytesIO()
+    stored.save(file, "PNG", exif=exif)
+    seen = io.BytesIO()
+    with Image.open(io.BytesIO(file.getvalue())) as image_:
+        ImageOps.exif_transpose(image_).save(seen, "PNG")
+    with Image.open(io.BytesIO(pictures.as_stored(seen.getvalue(), file.getvalue()))) as back:
+        assert (back.size, list(back.tobytes())) == (stored.size, list(stored.tobytes()))
 
 
 def test_a_canvas_without_a_mark_is_no_mask() -> None:
