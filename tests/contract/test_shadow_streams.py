@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from vigil_common.streams import memory, redis
 from vigil_common.streams.memory import MemoryStreams
-from vigil_common.streams.ports import Candidate, Disagreed, Emission, Live, ReportStep, Route, sampled
+from vigil_common.streams.ports import Admission, Candidate, Disagreed, Emission, Live, ReportStep, Route, sampled
 from vigil_common.streams.redis import RedisStreams
 
 if TYPE_CHECKING:
-    from vigil_common.streams.ports import QueuedFrame
+    from collections.abc import Awaitable, Callable
+
+    from vigil_common.streams.ports import QueuedFrame, QueuedOutcome
 
 M = "cells"
 BUDGET = 100_000
@@ -191,6 +194,74 @@ async def test_a_backlog_of_live_makes_the_candidate_skip_nothing(
     assert await store(streams) == 0
     assert len(await candidate.read(count=100, block_ms=100)) == 20
     assert await skipped(streams, route) == 0
+
+
+class Everyone:
+    """All who work on a model's frames, each doing some of its work when told to."""
+
+    def __init__(self, streams: Streams, rng: random.Random) -> None:
+        self.streams = streams
+        self.rng = rng
+        self.sides = {"live": streams.source(M, "live"), "candidate": streams.candidate(M, "c", CANDIDATE.digest)}
+        self.outcomes = streams.outcomes(M, "s")
+        self.in_hand: dict[str, list[QueuedFrame]] = {"live": [], "candidate": []}
+        self.in_storage: list[QueuedOutcome] = []
+        self.done = dict.fromkeys(("admitted", "live", "candidate", "stored"), 0)
+
+    async def admit(self, most: int) -> None:
+        for _ in range(most):
+            name = b"%d" % self.done["admitted"]
+            admission = await self.streams.queue.admit(
+                M, frame_id=name.decode(), sha256=name, header=name, image=b"x" * 1000, reply_to=""
+            )
+            self.done["admitted"] += admission.state is Admission.ADMITTED
+
+    async def read(self, side: str, most: int) -> None:
+        self.in_hand[side] += await self.sides[side].read(count=most, block_ms=1)
+
+    async def emit(self, side: str, most: int) -> None:
+        self.rng.shuffle(self.in_hand[side])
+        frames = [self.in_hand[side].pop() for _ in range(min(most, len(self.in_hand[side])))]
+        won = await self.sides[side].emit([Emission(f.entry_id, f.header.decode(), b"o", b"o") for f in frames])
+        assert side == "candidate" or all(won)
+        self.done[side] += sum(won)
+
+    async def store(self, most: int) -> None:
+        self.in_storage += await self.outcomes.read(count=most, block_ms=1)
+        self.rng.shuffle(self.in_storage)
+        found = [self.in_storage.pop() for _ in range(min(most, len(self.in_storage)))]
+        assert all(one.frame is not None and one.frame.image == b"x" * 1000 for one in found)
+        await self.outcomes.done(found)
+        self.done["stored"] += len(found)
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_whatever_the_candidate_does_live_and_storage_get_every_frame(
+    streams: Streams, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 6)
+    rng = random.Random(seed)
+    route = await compare(streams)
+    everyone = Everyone(streams, rng)
+    works: list[Callable[[int], Awaitable[object]]] = [
+        everyone.admit,
+        lambda most: everyone.read("live", most),
+        lambda most: everyone.emit("live", most),
+        everyone.store,
+        lambda _: everyone.outcomes.trim(),
+        lambda most: everyone.read("candidate", most),
+        lambda most: everyone.emit("candidate", most),
+    ]
+    for _ in range(150):
+        await rng.choices(works, [3, 3, 3, 3, 3, 2, 1])[0](rng.randint(1, 4))
+    for work in works[1:]:
+        await work(1000)
+    done = everyone.done
+    assert done["live"] == done["stored"] == done["admitted"] > 50
+    assert done["candidate"] + await skipped(streams, route) == done["admitted"]
+    await everyone.outcomes.trim()
+    assert (await streams.queue.depth(M)).frames == 0
 
 
 async def test_a_step_counts_once_however_often_it_is_tried(streams: Streams) -> None:
