@@ -30,6 +30,20 @@ RETRY_S = 1.0
 log = get_logger()
 
 
+class _NoDiffs(kopf.DiffBaseStorage):
+    """No handler asks what has changed: nothing is compared, and nothing kept for it on the resources."""
+
+    def build(self, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Nothing of a resource's state."""
+        return {}
+
+    def fetch(self, **_: Any) -> None:
+        """No earlier state."""
+
+    def store(self, **_: Any) -> None:
+        """Nothing is kept."""
+
+
 def kopf_settings() -> kopf.OperatorSettings:
     """Where kopf keeps its own state, and what it must not do."""
     settings = kopf.OperatorSettings()
@@ -40,9 +54,7 @@ def kopf_settings() -> kopf.OperatorSettings:
     settings.persistence.finalizer = f"operator.{GROUP}/finalizer"
     # The status is the operator's own, and its schema is closed.
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=f"operator.{GROUP}", v1=False)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(
-        prefix=f"operator.{GROUP}", key="last-handled", v1=False
-    )
+    settings.persistence.diffbase_storage = _NoDiffs()
     settings.networking.error_backoffs = (0.2, 0.5, 1, 2)
     settings.networking.request_timeout = 30
     settings.queueing.error_delays = (0.2, 1, 2, 5, 10)

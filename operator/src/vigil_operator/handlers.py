@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +61,9 @@ class Loops:
         self._routing = routing
         self._clock = clock
         self._wakes: dict[Key, asyncio.Event] = {}
+        self._locks: dict[Key, asyncio.Lock] = {}
+        # By uid: another resource of the same name may follow.
+        self._deleted: set[str] = set()
         # Model -> its resources, the oldest first.
         self._claims: dict[str, list[tuple[str, Key]]] = {}
 
@@ -83,6 +85,8 @@ class Loops:
         model = body["spec"]["source"]["model"]
         left = [claim for claim in self._claims.get(model, []) if claim[1] != key]
         self._claims[model] = left
+        self._deleted.discard(metadata["uid"])
+        self._locks.pop(key, None)
         for _, other in left:
             self.wake(other)
         self._workers.forget(key)
@@ -111,7 +115,7 @@ class Loops:
 
     async def run(self, body: Mapping[str, Any], stopped: Callable[[], bool]) -> None:
         """Keep a resource as it should be until it is gone."""
-        key = (body["metadata"]["namespace"], body["metadata"]["name"])
+        key, uid = (body["metadata"]["namespace"], body["metadata"]["name"]), body["metadata"]["uid"]
         wake = self._wakes.setdefault(key, asyncio.Event())
         self.claim(body)
         metrics.RESOURCES.inc()
@@ -119,7 +123,10 @@ class Loops:
         try:
             while not stopped():
                 wake.clear()
-                status, wait_s = await self._once(body, key, status)
+                async with self._locks.setdefault(key, asyncio.Lock()):
+                    if uid in self._deleted:
+                        return
+                    status, wait_s = await self._once(body, key, status)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(wake.wait(), wait_s)
         finally:
@@ -171,25 +178,30 @@ class Loops:
             await self._notes.write_status(bare, status)
         return status, 60.0
 
-    async def delete(self, body: Mapping[str, Any], tries: int) -> None:
-        """Take the route out; bounded, for a resource must be deletable whatever is away.
-
-        Raises:
-            kopf.TemporaryError: Try again.
-        """
-        resource = resource_of(body)
-        model, key = resource.spec.source.model, (resource.namespace, resource.name)
-        if self.taken_by(model, key) or status_of(body).live is None:
+    async def delete(self, body: Mapping[str, Any]) -> None:
+        """Take the route out, once; bounded, for a resource must be deletable whatever is away."""
+        uid, key = body["metadata"]["uid"], (body["metadata"]["namespace"], body["metadata"]["name"])
+        if uid in self._deleted:
             return
-        try:
-            await self._routing.remove(model)
-        except Unavailable as error:
-            if tries < DELETE_TRIES:
-                raise kopf.TemporaryError(error.message, delay=DELETE_DELAY_S) from error
-            message = f"the queue still takes frames of model {model}, for it could not be reached: {error.message}"
-            log.warning("route_left", resource=resource.name, namespace=resource.namespace, detail=message)
-            with suppress(VigilError):
-                await self._notes.emit(resource, Emit("RouteLeft", message, warning=True))
+        # From now on its loop does nothing; what it is doing ends first.
+        self._deleted.add(uid)
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            self.wake(key)
+            model = body["spec"]["source"]["model"]
+            if self.taken_by(model, key) or status_of(body).live is None:
+                return
+            for attempt in range(DELETE_TRIES):
+                try:
+                    await self._routing.remove(model)
+                except Unavailable as error:
+                    away = error.message
+                    await asyncio.sleep(DELETE_DELAY_S if attempt + 1 < DELETE_TRIES else 0)
+                else:
+                    return
+        message = f"the queue still takes frames of model {model}, for it could not be reached: {away}"
+        log.warning("route_left", resource=key[1], namespace=key[0], detail=message)
+        with suppress(VigilError, ValidationError):
+            await self._notes.emit(resource_of(body), Emit("RouteLeft", message, warning=True))
 
 
 def register(loops: Loops, workers: KubernetesWorkers) -> kopf.OperatorRegistry:
@@ -198,9 +210,13 @@ def register(loops: Loops, workers: KubernetesWorkers) -> kopf.OperatorRegistry:
     resource = (GROUP, VERSION, PLURAL)
 
     @kopf.on.event(*resource, registry=registry)
-    async def model_seen(body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002 - kopf's names
-        if type == "DELETED":
+    async def model_seen(event: kopf.RawEvent, **_: Any) -> None:
+        body = event["object"]
+        if event["type"] == "DELETED":
             loops.release(body)
+        elif "deletionTimestamp" in body["metadata"]:
+            # Before kopf lets it go; a deletion handler would have kopf compare each state with the last.
+            await loops.delete(body)
         else:
             loops.claim(body)
             loops.wake((body["metadata"]["namespace"], body["metadata"]["name"]))
@@ -212,31 +228,26 @@ def register(loops: Loops, workers: KubernetesWorkers) -> kopf.OperatorRegistry:
         with suppress(NotFound):
             await loops.run(body, lambda: bool(stopped))
 
-    @kopf.on.delete(*resource, registry=registry)
-    async def delete(body: kopf.Body, retry: int, **_: Any) -> None:
-        await loops.delete(body, retry)
-
     @kopf.on.event("apps", "v1", "deployments", labels=WATCHED, registry=registry)
-    async def deployment_seen(body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002
-        plain = _plain(body)
-        key = workers.deployments.drop(plain) if type == "DELETED" else workers.deployments.put(plain)
+    async def deployment_seen(event: kopf.RawEvent, **_: Any) -> None:
+        body = _slim(event["object"])
+        key = workers.deployments.drop(body) if event["type"] == "DELETED" else workers.deployments.put(body)
         if key is not None:
             loops.wake(key)
 
     @kopf.on.event("", "v1", "pods", labels=WATCHED, registry=registry)
-    async def pod_seen(body: kopf.Body, type: str | None, **_: Any) -> None:  # noqa: A002
-        plain = _plain(body)
-        if type == "DELETED":
-            workers.forget_pod(plain)
-        key = workers.pods.drop(plain) if type == "DELETED" else workers.pods.put(plain)
+    async def pod_seen(event: kopf.RawEvent, **_: Any) -> None:
+        body = _slim(event["object"])
+        if event["type"] == "DELETED":
+            workers.forget_pod(body)
+        key = workers.pods.drop(body) if event["type"] == "DELETED" else workers.pods.put(body)
         if key is not None:
             loops.wake(key)
 
     return registry
 
 
-def _plain(body: kopf.Body) -> dict[str, Any]:
-    """A copy that kopf will not change, without what nobody reads."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(body), default=dict))
-    plain["metadata"].pop("managedFields", None)
-    return plain
+def _slim(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what nobody reads, which is the larger part."""
+    metadata = {key: value for key, value in body["metadata"].items() if key != "managedFields"}
+    return {**body, "metadata": metadata}

@@ -415,8 +415,7 @@ class _Draft:
             self._verified(candidate)
             return
         problem = next(iter(workers.problems), None) if workers else None
-        waiting = f"{workers.ready if workers else 0} of {workers.desired if workers else '?'} workers ready"
-        message = f"{problem.reason}: {problem.message}" if problem else waiting
+        message = f"{problem.reason}: {problem.message}" if problem else "its workers load and prove the bundle"
         overdue = since_s(candidate.since, self.now) > duration_s(self.spec.rollout.verify_timeout)
         # While a part is away that workers need as well, it is not the candidate's fault.
         if overdue and not self.seen.away:
