@@ -19,7 +19,7 @@ from vigil_common.store.ports import Labelling, Record
 from vigil_common.store.reduct import ReductFrameStore
 from vigil_common.streams.memory import MemoryStreams
 from vigil_storage import masks
-from vigil_storage.annotations import AnnotationKeeper, order_of
+from vigil_storage.annotations import AnnotationKeeper, Heard, order_of
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews, pick
 from vigil_storage.servicer import FrameServicer
@@ -73,8 +73,11 @@ class Bench:
         self.frames = frames
         self.annotations = annotations
         self.log = streams.reviews
+        self.heard = Heard()
         chance = random.Random(1)
-        reviews = Reviews(frames, annotations, streams.reviews, now_us=lambda: T0 + 10**9, chance=chance)
+        reviews = Reviews(
+            frames, annotations, streams.reviews, heard=self.heard, now_us=lambda: T0 + 10**9, chance=chance
+        )
         self.api = FrameServicer(Storage(frames, None), reviews)  # type: ignore[arg-type]
 
     async def annotate(self, frame_id: str, label: Any = ANOMALOUS, **more: Any) -> storage_pb2.AnnotateResponse:
@@ -96,7 +99,7 @@ class Bench:
 
     @asynccontextmanager
     async def owning(self) -> AsyncIterator[None]:
-        keeper = AnnotationKeeper(M, self.log, self.annotations, self.frames, confirm_after_s=0.05)
+        keeper = AnnotationKeeper(M, self.log, self.annotations, self.frames, confirm_after_s=0.05, heard=self.heard)
         task = asyncio.create_task(keeper.run())
         try:
             yield
@@ -179,7 +182,7 @@ async def test_the_same_annotation_again_is_one_and_its_id_is_no_other_s(bench: 
 
 async def test_labels_that_were_lost_are_made_again_from_the_records(bench: Bench) -> None:
     await bench.frames.write([frame(1)])
-    keeper = AnnotationKeeper(M, bench.log, bench.annotations, bench.frames, confirm_after_s=0.05)
+    keeper = AnnotationKeeper(M, bench.log, bench.annotations, bench.frames, confirm_after_s=0.05, heard=bench.heard)
     task = asyncio.create_task(keeper.run())
     await bench.annotate("f1", mask=drawn())
     await bench.frames._db.execute("DELETE FROM frames")  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import json
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from vigil_common.store.ports import FrameFilter, Labelling, Record, Written
 from vigil_storage import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vigil_common.store.ports import FrameStore, StoredRecord
     from vigil_common.streams.ports import QueuedAnnotation, ReviewLog
@@ -133,6 +134,27 @@ async def records_about(store: FrameStore, frame: StoredRecord) -> list[StoredRe
     return [record async for record in store.query(where, limit=WINDOW_US)]
 
 
+class Heard:
+    """Tells those who said something, in this process, that the frame shows it."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    @contextmanager
+    def expect(self, annotation_id: str) -> Iterator[asyncio.Event]:
+        """What is set once it shows."""
+        event = self._waiting.setdefault(annotation_id, asyncio.Event())
+        try:
+            yield event
+        finally:
+            self._waiting.pop(annotation_id, None)
+
+    def tell(self, annotation_id: str) -> None:
+        """It shows."""
+        if event := self._waiting.get(annotation_id):
+            event.set()
+
+
 @dataclass(slots=True, eq=False)
 class _InHand:
     queued: QueuedAnnotation
@@ -152,6 +174,7 @@ class AnnotationKeeper:
         annotations: Where they are kept.
         frames: Whose labels repeat them.
         confirm_after_s: How long after a write it is looked for.
+        heard: Told what shows, where somebody in this process waits for it.
         clock: Seconds, monotonic.
     """
 
@@ -163,12 +186,14 @@ class AnnotationKeeper:
         frames: FrameStore,
         *,
         confirm_after_s: float,
+        heard: Heard | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._source = source
         self._annotations = annotations
         self._frames = frames
+        self._heard = heard or Heard()
         self._confirm_after_s = confirm_after_s
         self._clock = clock
         self._after = "0"
@@ -199,6 +224,9 @@ class AnnotationKeeper:
             batch = todo[start : start + BATCH]
             await self._write([one for one in batch if not one.written])
             await self._label(batch)
+            for one in batch:
+                if one.labelled:
+                    self._heard.tell(one.annotation.annotation_id)
         gone = [one for one in todo if not one.labelled and self._clock() - one.since > GIVE_UP_S]
         if gone:
             log.warning("annotations_without_frame", model=self._model, count=len(gone))

@@ -17,7 +17,7 @@ from vigil_common.store.retained import RetainedFrameStore
 from vigil_common.streams.redis import RedisStreams
 
 from vigil_storage import depths, domain, retention
-from vigil_storage.annotations import AnnotationKeeper
+from vigil_storage.annotations import AnnotationKeeper, Heard
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews
 from vigil_storage.servicer import FrameServicer, ModelServicer
@@ -71,7 +71,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     frames, models, annotations = stores
     streams = await RedisStreams.connect(settings.redis_url, security=settings)
     app = Storage(frames, models)
-    reviews = Reviews(frames, annotations, streams.reviews)
+    heard = Heard()
+    reviews = Reviews(frames, annotations, streams.reviews, heard=heard)
     handle = create_server(settings.storage_bind, access=ACCESS, security=settings)
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
@@ -82,7 +83,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
     def keeper(model: str) -> AnnotationKeeper:
         log_of, confirm_after_s = streams.reviews, settings.confirm_after_s
-        return AnnotationKeeper(model, log_of, annotations, frames, confirm_after_s=confirm_after_s)
+        return AnnotationKeeper(model, log_of, annotations, frames, confirm_after_s=confirm_after_s, heard=heard)
 
     writers = Writers(
         streams.routing,

@@ -9,7 +9,7 @@ import random
 import re
 import time
 import uuid
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
 from vigil_common.store import labels as gate
 
 from vigil_storage import domain, masks
-from vigil_storage.annotations import Annotation, order_of, record_at, records_about
+from vigil_storage.annotations import Annotation, Heard, order_of, record_at, records_about
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -31,7 +31,7 @@ PERSON = re.compile(r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,62}[^\s\x00-\x1f\x
 MAX_PERSON_BYTES = 200
 MAX_NOTE = 2_000
 APPLIED_S = 15.0
-POLL_S = 0.025
+POLL_S = 0.5
 RETRY_S = 2.0
 DEFAULT_SIZE, MAX_SIZE = 20, 200
 # Newest records looked at for the review queue, and how far back the first look goes; each further one doubles it.
@@ -108,6 +108,7 @@ class Reviews:
         frames: Where frames are.
         annotations: Where what people said is.
         log: Where it waits for the store, and who has been given what.
+        heard: Tells what shows, where the owner is in this process.
         now_us: Microseconds since 1970.
         chance: Picks the random part of the queue.
     """
@@ -118,12 +119,14 @@ class Reviews:
         annotations: FrameStore,
         log: ReviewLog,
         *,
+        heard: Heard | None = None,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
         chance: random.Random | None = None,
     ) -> None:
         self._frames = frames
         self._annotations = annotations
         self._log = log
+        self._heard = heard or Heard()
         self._now_us = now_us
         self._chance = chance or random.Random()  # noqa: S311 - a sample, no secret
 
@@ -164,12 +167,13 @@ class Reviews:
                     if replace(said, annotated_at_us=before.annotated_at_us) != before:
                         raise Conflict("ANNOTATION_ID_REUSED", f"{said.annotation_id} stands for another annotation")
                     return before, True
-        place = await self._log.put(remark.model, said.annotation_id, said.encode(), mask)
-        if place is None:
-            raise QueueFull(
-                "ANNOTATIONS_FULL", "too many annotations wait for the store; try again", retry_after_s=RETRY_S
-            )
-        return said, await self._applied(frame, place)
+        with self._heard.expect(said.annotation_id) as shows:
+            place = await self._log.put(remark.model, said.annotation_id, said.encode(), mask)
+            if place is None:
+                raise QueueFull(
+                    "ANNOTATIONS_FULL", "too many annotations wait for the store; try again", retry_after_s=RETRY_S
+                )
+            return said, await self._applied(frame, place, shows)
 
     async def _find(self, model: str, frame_id: str, camera: str) -> StoredRecord:
         try:
@@ -180,15 +184,18 @@ class Reviews:
                 f"no frame {frame_id} of model {model} is stored: it never was, or retention has dropped it",
             ) from error
 
-    async def _applied(self, frame: StoredRecord, place: str) -> bool:
+    async def _applied(self, frame: StoredRecord, place: str, shows: asyncio.Event) -> bool:
+        """Wait until the frame shows it; the owner may be another process, which does not tell."""
         deadline = time.monotonic() + APPLIED_S
         while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(shows.wait(), POLL_S)
+                return True
             now = await record_at(self._frames, frame.entry, frame.timestamp_us)
             if now is not None and order_of(now.labels.get("human_order", "0")) >= order_of(place):
                 return True
             if time.monotonic() > deadline:
                 return False
-            await asyncio.sleep(POLL_S)
 
     async def _history(self, frame: StoredRecord) -> list[Annotation]:
         return [said for said, _ in await self._said(frame)]

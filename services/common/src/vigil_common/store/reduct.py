@@ -324,7 +324,9 @@ class ReductFrameStore:
                 await stream.aclose()
 
     async def _entry_names(self, patterns: Sequence[str]) -> list[str]:
-        """Existing entries that match names or "MODEL/*"."""
+        """Names as they are, and existing entries that match "MODEL/*"."""
+        if not any(pattern.endswith("*") for pattern in patterns):
+            return sorted(set(patterns))
         async with translated():
             existing = [entry.name for entry in await self._bucket.get_entry_list()]
         return sorted(
@@ -344,7 +346,7 @@ class ReductFrameStore:
                     yield stored
         except TROUBLE as error:
             # The server clamps the time asked for to the entry's own, and calls it an error where nothing is left.
-            if _NO_TIME_LEFT in str(error):
+            if _NO_TIME_LEFT in str(error) or status(error) == NOT_FOUND:
                 return
             raise translate(error) from error
 
