@@ -9,7 +9,7 @@ REDUCTSTORE_VERSION := 1.21.5
 REDUCTSTORE := $(CACHE)/reductstore-$(REDUCTSTORE_VERSION)/bin/reductstore
 RUN := $(UV) run --frozen
 
-.PHONY: help demo demo-loop demo-shadow test check bench bench-operator protos fuzz faults soak reductstore images e2e kind
+.PHONY: help demo demo-loop demo-shadow test check bench bench-operator protos fuzz faults soak reductstore images e2e kind bench-peers bench-scale profile
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,15 @@ check: .venv/.synced ## Lint (bandit's rules too), format, types, import contrac
 
 bench: .venv/.synced $(REDUCTSTORE) ## The whole path beside the bare model, in one run
 	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.bench $(ARGS)
+
+bench-peers: .venv/.synced $(REDUCTSTORE) ## Beside MLServer, LitServe, BentoML and Ray Serve, each alone in turn
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.peers.bench $(ARGS)
+
+bench-scale: .venv/.synced $(REDUCTSTORE) ## 1, 2 and 4 workers whose model sleeps, beside what the costs foretell
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.scale $(ARGS)
+
+profile: .venv/.synced $(REDUCTSTORE) ## Flame graph per process, and CPU per frame by step
+	VIGIL_REDUCT_BINARY=$(REDUCTSTORE) $(RUN) python -m tests.bench.profile $(ARGS)
 
 bench-operator: .venv/.synced ## 200 AnomalyModels against a real API server
 	$(RUN) python -m tests.bench.operator $(ARGS)
