@@ -155,6 +155,15 @@ def test_a_score_that_is_no_number_is_the_candidate_s_failure() -> None:
     assert (kept.counts()["candidate_failed"], kept.counts()["live_failed"], kept.counts()["frames"]) == (2, 1, 1)
 
 
+def test_scores_of_any_size_keep_every_count_within_what_redis_holds() -> None:
+    kept = compare(of((-3e38, 3e38), (3e38, -3e38), (1e-38, 1.0)))
+    assert all(
+        abs(int(value)) < 2**53 for name, value in kept.fields.items() if name != "last_ms" and "used" not in name
+    )
+    assert kept.counts()["frames"] == 3
+    assert kept.report().kendall_tau is not None
+
+
 def test_verdicts_that_can_not_be_read_are_counted_and_harm_no_other() -> None:
     verdicts = numbered(of((0.1, 0.1), (0.2, 0.2)))
     verdicts[1] = replace(verdicts[1], outcome=b"\xff\xff")

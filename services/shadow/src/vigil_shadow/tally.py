@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MICRO = 1_000_000
+# Differences of scores beyond this count as this: their sum must stay a whole number that Redis can hold.
+MOST_APART = 100_000.0
 # Small pictures are at most 64 pixels a side; what is far larger was not made by a worker of ours.
 MAX_PICTURE_BYTES = 1 << 20
 MAX_PICTURE_PIXELS = 1 << 16
@@ -68,7 +70,7 @@ class Tally:
         if live.anomalous != candidate.anomalous:
             adds["new_alarms" if candidate.anomalous else "new_misses"] += 1
             self.disagreements.append((pair, severity(live, candidate)))
-        difference = round((candidate.score - live.score) * MICRO)
+        difference = round(max(-MOST_APART, min(MOST_APART, candidate.score - live.score)) * MICRO)
         adds["difference_micro"] += difference
         adds["difference_abs_micro"] += abs(difference)
         adds[f"difference:{scale.share_bin(abs(difference) / MICRO)}"] += 1

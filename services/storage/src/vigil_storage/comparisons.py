@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
-from vigil_common.errors import NotFound, Unavailable
+from vigil_common.errors import NotFound, Unavailable, VigilError
 from vigil_common.logging import get_logger
 from vigil_common.store.ports import FrameFilter, Labelling
 
@@ -107,7 +107,7 @@ class ComparisonLabeller:
                     pass
                 await self._label()
                 await self._confirm()
-            except Unavailable as error:
+            except VigilError as error:  # whatever it is, frames must go on being stored
                 log.warning("comparisons_wait", model=self._model, reason=error.reason, message=error.message)
             await asyncio.sleep(ROUND_S)
 
