@@ -39,6 +39,7 @@ ACCESS = {
     "vigil.storage.v1.ModelService": {"List": READ, "GetModel": READ, "Download": READ, "*": frozenset({Role.PUBLISH})},
 }
 RETRY_S = 1.0
+WINDOW_BYTES = 4 << 20
 
 log = get_logger()
 
@@ -73,7 +74,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     app = Storage(frames, models)
     heard = Heard()
     reviews = Reviews(frames, annotations, streams.reviews, heard=heard)
-    handle = create_server(settings.storage_bind, access=ACCESS, security=settings)
+    handle = create_server(settings.storage_bind, access=ACCESS, security=settings, stream_window_bytes=WINDOW_BYTES)
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
     consumer = uuid.uuid4().hex

@@ -63,6 +63,7 @@ def create_server(
     security: SecuritySettings,
     max_message_bytes: int = 64 << 20,
     max_concurrent_rpcs: int | None = None,
+    stream_window_bytes: int | None = None,
 ) -> ServerHandle:
     """Bind a server.
 
@@ -72,6 +73,8 @@ def create_server(
         security: TLS and tokens.
         max_message_bytes: Larger requests are refused before they are read.
         max_concurrent_rpcs: Further calls are refused with RESOURCE_EXHAUSTED.
+        stream_window_bytes: How much of a stream may wait here unread. By itself gRPC lets as much come as the line
+            could carry meanwhile: on a busy machine, hundreds of megabytes of a large bundle.
 
     Raises:
         InvalidInput: TLS_INCOMPLETE, TOKENS_INVALID.
@@ -79,6 +82,9 @@ def create_server(
     interceptors: list[grpc.aio.ServerInterceptor] = []
     if security.tokens_file is not None:
         interceptors.append(AccessInterceptor(Tokens(security.tokens_file), access))
+    window: list[tuple[str, int]] = []
+    if stream_window_bytes is not None:
+        window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", stream_window_bytes)]
     server = grpc.aio.server(
         interceptors=[*interceptors, ErrorInterceptor()],
         options=[
@@ -91,6 +97,7 @@ def create_server(
             ("grpc.max_metadata_size", 16 << 10),
             ("grpc.max_concurrent_streams", 4096),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            *window,
         ],
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
