@@ -40,7 +40,7 @@ def _build_images() -> None:
     folder = ROOT / "out" / "images"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(binary, folder / "reductstore")
-    for name in ("valkey", "reductstore"):
+    for name in ("valkey", "redis", "reductstore"):
         image = f"localhost/vigil/{name}:{TAG}"
         node.build_image(["--quiet", "-f", str(ROOT / f"tests/e2e/images/{name}.Dockerfile"), "-t", image, str(folder)])
         images.append(image)

@@ -333,8 +333,12 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
         secret("vigil-service-token", {"token": tokens["service"]}),
         secret("vigil-client-token", {"token": tokens["client"]}),
     )
-    # when everything is switched to them
+    # when everything is installed with them, on the volume of images and without that of the queue
+    platform.cluster.helm("uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "120s")
+    platform.cluster.kubectl("delete", "pvc", "-n", NAMESPACE, f"data-{RELEASE}-valkey-0")
+    server = ["valkey.image.repository=localhost/vigil/redis"] if OWN else []
     seconds = platform.install(
+        *server,
         *("tls.enabled=true", "tls.existingSecret=vigil-tls", "valkey.existingSecret=vigil-redis"),
         *("reductstore.existingSecret=vigil-reduct", "auth.enabled=true", "auth.tokensSecret=vigil-tokens"),
         *("auth.serviceTokenSecret=vigil-service-token", "test.tokenSecret=vigil-client-token", f"test.model={MODEL}"),
@@ -355,7 +359,8 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
         {"redis": "vigil-redis", "token": "vigil-client-token"},
         **{"stranger.crt": stranger["ca.crt"].encode()},
     )
-    # then who has a token streams
+    # then who has a token streams: the operator has written the lost route anew
+    platform.wait_live(1)
     check_account(platform.client, MODEL, platform.client.stream(MODEL, count=50, rate=RATE).result())
     platform.cluster.helm("test", RELEASE, "--namespace", NAMESPACE, "--timeout", "120s")
     # who has none is told so
