@@ -200,6 +200,7 @@ def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
         (("tls.clientCertificates=true",), "needs tls.enabled"),
         (("auth.enabled=true",), "Tokens without Secrets"),
         (("auth.enabled=true", "auth.tokensSecret=a", "auth.serviceTokenSecret=b"), "auth.enabled needs tls.enabled"),
+        (("storage.retention.normalBytes=5",), "storage.retention.normalBytes is too small"),
         (("storage.confirmAfterSeconds=1",), "must be over reductstore.compactionIntervalSeconds"),
         (("ingest.autoscaling.enabled=true", "ingest.autoscaling.minReplicas=9"), "minReplicas is over maxReplicas"),
         (("valkey.enabled=false", "externalRedis.url=redis://user:secret@there:6379"), "/externalRedis/url"),

@@ -5,6 +5,7 @@
 {{- if and (not $v.valkey.enabled) (not $v.externalRedis.url) }}{{ fail "No Redis: set externalRedis.url, or valkey.enabled to true." }}{{ end -}}
 {{- if and $v.reductstore.enabled $v.externalReductStore.url }}{{ fail "Two ReductStores: give externalReductStore.url, or leave reductstore.enabled true, not both." }}{{ end -}}
 {{- if and (not $v.reductstore.enabled) (not $v.externalReductStore.url) }}{{ fail "No ReductStore: set externalReductStore.url, or reductstore.enabled to true." }}{{ end -}}
+{{- $normal := int64 $v.storage.retention.normalBytes }}{{- if and (gt $normal 0) (lt $normal 268435456) }}{{ fail "storage.retention.normalBytes is too small: 0 for no quota, or at least 268435456." }}{{ end -}}
 {{- if and $v.tls.enabled (not $v.tls.existingSecret) (not $v.tls.certManager.enabled) }}{{ fail "TLS without a certificate: name its Secret in tls.existingSecret, or set tls.certManager.enabled." }}{{ end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuer) }}{{ fail "cert-manager without an issuer: set tls.certManager.issuer." }}{{ end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.enabled) }}{{ fail "tls.certManager.enabled does nothing without tls.enabled: set both." }}{{ end -}}
