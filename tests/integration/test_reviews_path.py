@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import os
 from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 from vigil_cli.main import app
 from vigil_client import Frame, HumanLabel, ServiceError, VigilClient
@@ -27,6 +30,14 @@ async def streamed(vigil: Platform, images: list[bytes]) -> list[str]:
         assert all([result.error is None async for result in client.stream(frames)])
     await vigil.settled()
     return [frame.frame_id for frame in frames]
+
+
+async def vigil_command(vigil: Platform, *words: str) -> str:
+    """What the command prints."""
+    command = [*words, "--storage-address", vigil.stack.storage_address]
+    done = await asyncio.to_thread(CliRunner().invoke, app, command)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 async def say(vigil: Platform, labels: dict[str, HumanLabel], said: list[str]) -> None:
@@ -68,6 +79,32 @@ async def test_what_people_say_while_storage_is_killed_is_all_kept(tmp_path: Pat
         assert [len(history.annotations) for history in histories] == [1] * len(ids)
 
 
+async def test_the_commands_label_show_query_and_export(tmp_path: Path) -> None:
+    image = load_cells().defective[0]
+    mask, back, out = (tmp_path / name for name in ("mask.png", "back.png", "out"))
+    drawn = Image.new("L", Image.open(io.BytesIO(image)).size)
+    drawn.paste(255, (10, 20, 60, 80))
+    drawn.save(mask)
+    async with platform(tmp_path) as vigil:
+        first, second = await streamed(vigil, [image, load_cells().normal[0]])
+        command = partial(vigil_command, vigil)
+        assert first in await command("review", "-m", MODEL, "--author", "Ann", "--size", "5")
+        said = ["--author", "Ann", "--note", "a crack"]
+        await command("annotate", first, "-m", MODEL, "--label", "anomalous", "--mask", str(mask), *said)
+        await command("annotate", second, "-m", MODEL, "--label", "normal", "--author", "Ann")
+        shown = json.loads(await command("frames", "get", MODEL, first, "--mask", str(back)))
+        assert [(one["label"], one["author"], one["note"]) for one in shown["annotations"]] == [
+            ("anomalous", "Ann", "a crack")
+        ]
+        assert Image.open(back).getbbox() == (10, 20, 60, 80)
+        lines = (await command("frames", "query", MODEL, "--human", "normal", "--json")).splitlines()
+        assert [json.loads(line)["frame_id"] for line in lines] == [second]
+        assert await command("frames", "query", MODEL, "--not-reviewed", "--json") == ""
+        await command("export", "-m", MODEL, "-o", str(out))
+    pairs = anomalib_folder(out)
+    assert [(label, mask is not None) for _, label, mask in pairs] == [("normal", False), ("abnormal", True)]
+
+
 @pytest.mark.skipif(not HAZELNUTS, reason="VIGIL_TEST_HAZELNUTS names no copy of the hazelnut_toy data set")
 async def test_a_hundred_hazelnuts_are_annotated_exported_and_paired_by_anomalib(tmp_path: Path) -> None:
     root = Path(HAZELNUTS or "")
@@ -85,9 +122,7 @@ async def test_a_hundred_hazelnuts_are_annotated_exported_and_paired_by_anomalib
             ),
         )
         out = tmp_path / "out"
-        command = ["export", "-m", MODEL, "-o", str(out), "--storage-address", vigil.stack.storage_address]
-        done = await asyncio.to_thread(CliRunner().invoke, app, command)
-        assert done.exit_code == 0, done.output
+        await vigil_command(vigil, "export", "-m", MODEL, "-o", str(out))
         pairs = anomalib_folder(out)
         assert len(pairs) == len(ids) >= 100
         truth = {(image, mask) for image, mask in zip(bad, masks, strict=True)}

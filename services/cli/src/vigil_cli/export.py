@@ -23,8 +23,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from PIL import Image
-from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient
+from vigil_client import HumanLabel, ReviewedFrame, StorageClient
 
+from vigil_cli.frames import said
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run
 from vigil_cli.sources import SourceError
 
@@ -157,7 +158,7 @@ class _Writing:
             "frame_id": frame.frame_id,
             "camera": frame.camera,
             "captured_at": frame.captured_at.isoformat(),
-            "annotations": [_said(one) for one in found.annotations],
+            "annotations": [said(one) for one in found.annotations],
         }
         if frame.verdict is not None:
             judged = frame.verdict
@@ -248,16 +249,6 @@ def run_lengths(marked: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
     flat = np.concatenate([[False], marked.flatten(order="F")])
     edges = np.flatnonzero(np.diff(flat)).tolist()
     return [stop - start for start, stop in zip([0, *edges], [*edges, marked.size], strict=True)]
-
-
-def _said(one: Annotation) -> dict[str, object]:
-    return {
-        "label": one.label.value,
-        "author": one.author,
-        "annotated_at": one.annotated_at.isoformat(),
-        "note": one.note,
-        "masked": one.masked,
-    }
 
 
 def _iso(time: datetime | None) -> str | None:

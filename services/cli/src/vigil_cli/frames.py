@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.table import Column, Table
-from vigil_client import StorageClient, StoredFrame
+from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, StoredFrame
 
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, errors, run
 from vigil_cli.replay import replay
 
 app = typer.Typer(help="Stored frames.", no_args_is_help=True)
@@ -27,6 +27,14 @@ def query(
     failed: Annotated[bool, typer.Option("--failed", help="Only those that could not be judged.")] = False,
     min_score: Annotated[float | None, typer.Option(help="Least score.")] = None,
     max_score: Annotated[float | None, typer.Option(help="Greatest score.")] = None,
+    version: Annotated[int | None, typer.Option(help="Only what this version judged.")] = None,
+    human: Annotated[HumanLabel | None, typer.Option(help="Only what people say this of.")] = None,
+    reviewed: Annotated[
+        bool | None, typer.Option("--reviewed/--not-reviewed", help="Only what people labelled, or did not.")
+    ] = None,
+    disagreement: Annotated[
+        bool | None, typer.Option("--disagreement/--agreement", help="Only where live and candidate differ, or agree.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
@@ -45,6 +53,10 @@ def query(
                 failed=failed,
                 min_score=min_score,
                 max_score=max_score,
+                version=version,
+                human_label=human,
+                reviewed=reviewed,
+                disagreement=disagreement,
                 limit=limit,
             )
             return [frame async for frame in found]
@@ -55,14 +67,22 @@ def query(
             typer.echo(json.dumps(_plain(frame)))
         return
     table = Table(
-        Column("frame", min_width=36), "camera", Column("captured", overflow="fold"), "score", "label", "version"
+        Column("frame", min_width=36),
+        "camera",
+        Column("captured", overflow="fold"),
+        "score",
+        "label",
+        "version",
+        "people",
     )
     for frame in frames:
         found = frame.verdict
-        said = ("-", frame.failure_reason, "-")
+        judged = ("-", frame.failure_reason, "-")
         if found is not None:
-            said = (f"{found.score:.3f}", "anomalous" if found.anomalous else "normal", str(found.version))
-        table.add_row(frame.frame_id, frame.camera, frame.captured_at.isoformat(timespec="milliseconds"), *said)
+            judged = (f"{found.score:.3f}", "anomalous" if found.anomalous else "normal", str(found.version))
+        table.add_row(
+            frame.frame_id, frame.camera, frame.captured_at.isoformat(timespec="milliseconds"), *judged, _people(frame)
+        )
     console.print(table)
 
 
@@ -72,20 +92,37 @@ def get(
     frame_id: Annotated[str, typer.Argument(help="The frame's id.")],
     *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to save the image.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where to save the mask that stands.")] = None,
     camera: Annotated[str | None, typer.Option(help="Its camera; spares a search.")] = None,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
-    """Show one stored frame as JSON, and save its image."""
+    """Show one stored frame as JSON with all that people said of it, and save its image and mask."""
 
-    async def work() -> tuple[StoredFrame, bytes]:
+    async def work() -> ReviewedFrame:
         async with StorageClient(storage_address, token=token) as storage:
-            return await storage.frames_get(model, frame_id, camera=camera)
+            return await storage.frames_history(model, frame_id, camera=camera)
 
-    frame, image = run(work())
+    found = run(work())
     if output is not None:
-        output.write_bytes(image)
-    typer.echo(json.dumps(_plain(frame), indent=2))
+        output.write_bytes(found.image)
+    if mask is not None:
+        if found.mask is None:
+            errors.print(f"{frame_id} has no mask", highlight=False)
+            raise typer.Exit(1)
+        mask.write_bytes(found.mask)
+    history = {"annotations": [said(one) for one in found.annotations]} if found.annotations else {}
+    typer.echo(json.dumps({**_plain(found.frame), **history}, indent=2))
+
+
+def _people(frame: StoredFrame) -> str:
+    return f"{frame.annotation.label.value} ({frame.annotation.author})" if frame.annotation else "-"
+
+
+def said(one: Annotation) -> dict[str, object]:
+    """What a person said, as JSON has it."""
+    plain: dict[str, object] = {"label": one.label.value, "author": one.author}
+    return {**plain, "annotated_at": one.annotated_at.isoformat(), "note": one.note, "masked": one.masked}
 
 
 def _plain(frame: StoredFrame) -> dict[str, object]:
@@ -96,4 +133,6 @@ def _plain(frame: StoredFrame) -> dict[str, object]:
         plain |= {"score": frame.verdict.score, "anomalous": frame.verdict.anomalous, "version": frame.verdict.version}
     else:
         plain["failure_reason"] = frame.failure_reason
+    if frame.annotation is not None:
+        plain["annotation"] = said(frame.annotation)
     return {**plain, "labels": dict(frame.labels)}
