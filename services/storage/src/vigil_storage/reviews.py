@@ -34,7 +34,7 @@ APPLIED_S = 15.0
 POLL_S = 0.5
 RETRY_S = 2.0
 DEFAULT_SIZE, MAX_SIZE = 20, 200
-# Newest records looked at for the review queue, and how far back the first look goes; each further one doubles it.
+# Newest records looked at for the review queue; the first look reaches back so far, each further one four times as far.
 SCAN = 10_000
 FIRST_LOOK_US = 3_600_000_000
 OLDEST_US = 946_684_800_000_000
@@ -256,7 +256,7 @@ class Reviews:
             start = max(stop - span, oldest)
             window = replace(where, start_us=start, stop_us=stop)
             newest += [record async for record in self._frames.query(window, limit=SCAN - len(newest))]
-            stop, span = start, 2 * span
+            stop, span = start, 4 * span
         return newest
 
     async def export(self, where: FrameFilter, *, decided: bool) -> AsyncIterator[Reviewed]:
