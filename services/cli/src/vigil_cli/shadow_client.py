@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import grpc
 from vigil.shadow.v1 import shadow_pb2, shadow_pb2_grpc
 from vigil_client import ServiceError
-from vigil_client.channel import connect, metadata
+from vigil_client.channel import Connected
 from vigil_client.convert import rpc_failure
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from types import TracebackType
 
 CALL_S = 60.0
 PAGE = 100
 
 
-class ShadowClient:
+class ShadowClient(Connected):
     """Asks shadow; every method raises `ServiceError` with the service's code, reason and message.
 
     Args:
@@ -27,17 +26,11 @@ class ShadowClient:
     """
 
     def __init__(self, address: str, token: str | None = None) -> None:
-        self._channel = connect(address)
-        self._metadata = metadata(token)
-        self._stub: shadow_pb2_grpc.ShadowServiceAsyncStub = shadow_pb2_grpc.ShadowServiceStub(self._channel)
+        super().__init__(address, None, token)
 
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._channel.close()
+    @property
+    def _stub(self) -> shadow_pb2_grpc.ShadowServiceAsyncStub:
+        return shadow_pb2_grpc.ShadowServiceStub(self.channel)
 
     async def report(
         self, model: str, *, run: str = "", gates: shadow_pb2.Gates | None = None, detail: bool = False
@@ -45,7 +38,7 @@ class ShadowClient:
         """A report with the gates' decision."""
         request = shadow_pb2.GetReportRequest(model=model, run=run, gates=gates, detail=detail)
         try:
-            return await self._stub.GetReport(request, metadata=self._metadata, timeout=CALL_S)
+            return await self._stub.GetReport(request, metadata=self.metadata, timeout=CALL_S)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(rpc_failure(error)) from error
 
@@ -56,7 +49,7 @@ class ShadowClient:
         request = shadow_pb2.WatchReportRequest(model=model, gates=gates)
         request.interval.FromNanoseconds(round(interval_s * 1e9))
         try:
-            async for answer in self._stub.WatchReport(request, metadata=self._metadata):
+            async for answer in self._stub.WatchReport(request, metadata=self.metadata):
                 yield answer
         except grpc.aio.AioRpcError as error:
             raise ServiceError(rpc_failure(error)) from error
@@ -68,7 +61,7 @@ class ShadowClient:
         while len(found) < limit:
             request.page_size = min(PAGE, limit - len(found))
             try:
-                answer = await self._stub.ListDisagreements(request, metadata=self._metadata, timeout=CALL_S)
+                answer = await self._stub.ListDisagreements(request, metadata=self.metadata, timeout=CALL_S)
             except grpc.aio.AioRpcError as error:
                 raise ServiceError(rpc_failure(error)) from error
             found += answer.disagreements
@@ -80,7 +73,7 @@ class ShadowClient:
     async def replay(self, request: shadow_pb2.ReplayRequest) -> AsyncIterator[shadow_pb2.ReplayResponse]:
         """Replay stored frames; ends when they are done."""
         try:
-            async for answer in self._stub.Replay(request, metadata=self._metadata):
+            async for answer in self._stub.Replay(request, metadata=self.metadata):
                 yield answer
         except grpc.aio.AioRpcError as error:
             raise ServiceError(rpc_failure(error)) from error

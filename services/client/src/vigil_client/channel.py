@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import grpc
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 # Visualisations and bundles' chunks are larger than gRPC's 4 MiB.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -47,6 +51,39 @@ def connect(address: str, credentials: grpc.ChannelCredentials | None = None) ->
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+class Connected:
+    """One channel, from `async with` to its end; what every client begins with.
+
+    Args:
+        address: "HOST:PORT".
+        credentials: As for `connect`.
+        token: Sent as a bearer token.
+    """
+
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None, token: str | None) -> None:
+        self._address = address
+        self._credentials = credentials
+        self._channel: grpc.aio.Channel | None = None
+        self.metadata = metadata(token)
+
+    async def __aenter__(self) -> Self:
+        self._channel = connect(self._address, self._credentials)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The open channel."""
+        if self._channel is None:
+            raise RuntimeError(f"use `async with {type(self).__name__}(...)`")
+        return self._channel
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:

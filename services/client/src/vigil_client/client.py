@@ -8,18 +8,17 @@ import random
 import time
 from collections.abc import AsyncIterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import grpc
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 
 from vigil_client import convert
-from vigil_client.channel import connect, metadata
+from vigil_client.channel import Connected
 from vigil_client.types import Failure, Frame, Result, WaitFor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
-    from types import TracebackType
 
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
@@ -51,7 +50,7 @@ class _InFlight:
         return Result(self.frame.frame_id, latency_s, attempts=max(self.attempts, 1), **outcome)  # type: ignore[arg-type]
 
 
-class VigilClient:
+class VigilClient(Connected):
     """Sends frames to ingest.
 
     Args:
@@ -73,30 +72,15 @@ class VigilClient:
         max_retry_s: float = 120.0,
         silence_s: float = 60.0,
     ) -> None:
-        self._address = address
-        self._credentials = channel_credentials
-        self._channel: grpc.aio.Channel | None = None
+        super().__init__(address, channel_credentials, token)
         self.window = window
-        self.metadata = metadata(token)
         self.max_retry_s = max_retry_s
         self.silence_s = silence_s
-
-    async def __aenter__(self) -> Self:
-        self._channel = connect(self._address, self._credentials)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._channel is not None:
-            await self._channel.close()
 
     @property
     def stub(self) -> ingest_pb2_grpc.IngestServiceAsyncStub:
         """The generated stub, for what this class doesn't offer."""
-        if self._channel is None:
-            raise RuntimeError("use `async with VigilClient(...)`")
-        return ingest_pb2_grpc.IngestServiceStub(self._channel)
+        return ingest_pb2_grpc.IngestServiceStub(self.channel)
 
     async def submit(self, frame: Frame, *, wait_for: WaitFor = WaitFor.VERDICT) -> Result:
         """Send one frame and wait for its answer; errors come as the result's `error`."""

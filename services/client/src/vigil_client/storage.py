@@ -7,21 +7,20 @@ import hashlib
 import io
 import re
 import tarfile
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 
 from vigil_client import convert
-from vigil_client.channel import connect, metadata
+from vigil_client.channel import Connected
 from vigil_client.types import Failure, Model, ServiceError, StoredFrame, new_frame_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
     from pathlib import Path
-    from types import TracebackType
 
     from vigil_client.types import Annotation, HumanLabel, ReviewedFrame, ReviewItem
 
@@ -32,7 +31,7 @@ _LEAST_BYTES_PER_S = 2**20
 _NAME = re.compile(rb"^name: *([a-z0-9-]+) *$", re.MULTILINE)
 
 
-class StorageClient:
+class StorageClient(Connected):
     """Asks storage; every method raises `ServiceError` with the service's code, reason and message.
 
     Args:
@@ -50,35 +49,16 @@ class StorageClient:
         token: str | None = None,
         timeout_s: float = 60.0,
     ) -> None:
-        self._address = address
-        self._credentials = channel_credentials
-        self._metadata = metadata(token)
+        super().__init__(address, channel_credentials, token)
         self._timeout_s = timeout_s
-        self._channel: grpc.aio.Channel | None = None
-
-    async def __aenter__(self) -> Self:
-        self._channel = connect(self._address, self._credentials)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._channel is not None:
-            await self._channel.close()
-
-    @property
-    def _open(self) -> grpc.aio.Channel:
-        if self._channel is None:
-            raise RuntimeError("use `async with StorageClient(...)`")
-        return self._channel
 
     @property
     def _frames(self) -> storage_pb2_grpc.FrameServiceAsyncStub:
-        return storage_pb2_grpc.FrameServiceStub(self._open)
+        return storage_pb2_grpc.FrameServiceStub(self.channel)
 
     @property
     def _models(self) -> storage_pb2_grpc.ModelServiceAsyncStub:
-        return storage_pb2_grpc.ModelServiceStub(self._open)
+        return storage_pb2_grpc.ModelServiceStub(self.channel)
 
     async def frames_query(
         self,
@@ -123,7 +103,7 @@ class StorageClient:
         while left is None or left > 0:
             request.page_size = _PAGE_SIZE if left is None else min(_PAGE_SIZE, left)
             try:
-                response = await self._frames.Query(request, metadata=self._metadata, timeout=self._timeout_s)
+                response = await self._frames.Query(request, metadata=self.metadata, timeout=self._timeout_s)
             except grpc.aio.AioRpcError as error:
                 raise ServiceError(convert.rpc_failure(error)) from error
             for frame in response.frames:
@@ -137,7 +117,7 @@ class StorageClient:
         """One frame with its encoded image."""
         request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
         try:
-            response = await self._frames.Get(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._frames.Get(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.stored_frame(response.frame), response.image
@@ -146,7 +126,7 @@ class StorageClient:
         """One frame with its encoded image, everything people said of it, and the mask that stands."""
         request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
         try:
-            response = await self._frames.Get(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._frames.Get(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.reviewed_frame(response)
@@ -186,7 +166,7 @@ class StorageClient:
             annotation_id=annotation_id or f"a{new_frame_id()}",
         )
         try:
-            response = await self._frames.Annotate(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._frames.Annotate(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.annotation(response.annotation)
@@ -208,7 +188,7 @@ class StorageClient:
         if since is not None:
             request.since.FromDatetime(since)
         try:
-            response = await self._frames.ReviewQueue(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._frames.ReviewQueue(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return [convert.review_item(item) for item in response.items]
@@ -229,7 +209,7 @@ class StorageClient:
         if until is not None:
             request.until.FromDatetime(until)
         try:
-            async for message in self._frames.Export(request, metadata=self._metadata):
+            async for message in self._frames.Export(request, metadata=self.metadata):
                 yield convert.reviewed_frame(message)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
@@ -265,7 +245,7 @@ class StorageClient:
 
         timeout_s = self._timeout_s + header.size_bytes / _LEAST_BYTES_PER_S
         try:
-            response = await self._models.Publish(parts(), metadata=self._metadata, timeout=timeout_s)
+            response = await self._models.Publish(parts(), metadata=self.metadata, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model, created=response.created)
@@ -274,7 +254,7 @@ class StorageClient:
         """Say why a version should not be used any more."""
         request = storage_pb2.DeprecateRequest(name=name, version=version, reason=reason)
         try:
-            response = await self._models.Deprecate(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._models.Deprecate(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model)
@@ -283,7 +263,7 @@ class StorageClient:
         """All versions of one model, or of every model."""
         request = storage_pb2.ListRequest(name=name)
         try:
-            response = await self._models.List(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._models.List(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return [convert.model(found) for found in response.models]
@@ -292,7 +272,7 @@ class StorageClient:
         """What is known of one version; the newest where the version is 0."""
         request = storage_pb2.GetModelRequest(name=name, version=version)
         try:
-            response = await self._models.GetModel(request, metadata=self._metadata, timeout=self._timeout_s)
+            response = await self._models.GetModel(request, metadata=self.metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model)
@@ -319,7 +299,7 @@ class StorageClient:
         found: Model | None = None
         digest = hashlib.sha256()
         try:
-            async for part in self._models.Download(request, metadata=self._metadata):
+            async for part in self._models.Download(request, metadata=self.metadata):
                 if part.HasField("model"):
                     found = convert.model(part.model)
                 else:
