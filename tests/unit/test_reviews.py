@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
+from vigil_common.access import Principal, Role, enter, principal
 from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.ports import Labelling, Record
@@ -221,6 +222,18 @@ async def test_what_can_t_be_kept_is_refused_with_a_reason(bench: Bench, fields:
         await bench.annotate(**{"frame_id": "f1", **fields})
     assert refused.value.reason == reason
     assert not (await bench.get("f1")).annotations
+
+
+async def test_whoever_has_a_token_speaks_under_its_name(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    before = principal()
+    enter(Principal("line-lead", frozenset({Role.REVIEW}), None))
+    try:
+        async with bench.owning():
+            await bench.annotate("f1", author="somebody else")
+    finally:
+        enter(before)
+    assert (await bench.get("f1")).frame.annotation.author == "line-lead"
 
 
 async def test_a_frame_that_is_not_stored_takes_no_annotation(bench: Bench) -> None:
