@@ -166,6 +166,21 @@ async def test_pages_go_on_where_they_ended_over_both(both: Both) -> None:
     assert await found(both.store, FrameFilter(["cells/*"], min_score=0.5)) == ["f0", "f3", "f6", "f9"]
 
 
+async def test_a_frame_older_than_all_there_is_room_for_is_settled_though_it_goes_at_once(both: Both) -> None:
+    missing = {T0 - 10**9 + 1: "0" * 64}
+    await write(both.store, frame(0))
+    assert await both.store.confirm("cells/cam1", missing) == set()  # there is room: it was lost, and is to be written
+    for start in range(1, 101, 20):
+        await write(both.store, *(frame(number) for number in range(start, start + 20)))
+    for number in range(200, 220):
+        (at,) = await write(both.store, frame(number, at=T0 - 10**9 + number * 1_000))
+        expected = {at: frame(number).labels["sha256"]}
+        assert await both.store.confirm("cells/cam1", expected) == {at}
+    assert "f200" not in await found(both.store)
+    newest = max([record.timestamp_us async for record in both.store.query(ALL, limit=1_000)])
+    assert await both.store.confirm("cells/cam1", {newest + 2: "0" * 64}) == set()
+
+
 async def test_an_image_large_beside_the_quota_stays_rather_than_empty_it(both: Both) -> None:
     await write(both.store, frame(1), frame(2, size=QUOTA // 4))
     assert (await found(both.kept), await found(both.passing)) == (["f2"], ["f1"])

@@ -163,6 +163,13 @@ class EmbeddedFrameStore:
             rows = await self._db.execute_fetchall("SELECT entry, COUNT(*) FROM frames GROUP BY entry")
         return {str(entry): int(count) for entry, count in rows}
 
+    async def horizon_us(self) -> int | None:
+        """What is older than this goes as soon as it is written."""
+        statement = "SELECT min(timestamp_us), coalesce(sum(size_bytes), 0), coalesce(max(size_bytes), 0) FROM frames"
+        async with translated():
+            ((oldest_us, total, largest),) = await self._db.execute_fetchall(statement)
+        return int(oldest_us) if self._quota_bytes and total + largest > self._quota_bytes else None
+
     async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
         """Label stored records in one transaction; see the port."""
         try:

@@ -154,6 +154,10 @@ class PassingStore(FrameStore, Protocol):
         """How many records each entry has now."""
         ...
 
+    async def horizon_us(self) -> int | None:
+        """What is older than this goes as soon as it is written; None while there is room."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:

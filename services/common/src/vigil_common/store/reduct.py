@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 BATCH_RECORDS = 64
 BATCH_HEADER_BYTES = 256_000
 BATCH_BODY_BYTES = 32 << 20
-# Under a quota: blocks in it, and how large one is at most.
-BLOCKS, MAX_BLOCK_BYTES = 16, 64_000_000
+# Under a quota: blocks in it, how large one is at most, and how many may be free when it counts as full.
+BLOCKS, MAX_BLOCK_BYTES, FULL_BLOCKS = 16, 64_000_000, 3
 # How many taken microseconds a record may be moved past.
 MAX_MOVES = 10_000
 # One head query spans at most this much of an entry that has nothing to confirm in it.
@@ -97,10 +97,11 @@ def conditions(where: FrameFilter, limit: int) -> dict[str, Any] | None:
 class ReductFrameStore:
     """Images with labels in one bucket; entry "MODEL/CAMERA"."""
 
-    def __init__(self, client: Any, bucket: Any, *, stride_us: int = 1) -> None:
+    def __init__(self, client: Any, bucket: Any, *, stride_us: int = 1, quota_bytes: int = 0) -> None:
         self._client = client
         self._bucket = bucket
         self._stride_us = stride_us
+        self._quota_bytes = quota_bytes
         self._locks: dict[str, asyncio.Lock] = {}
 
     @classmethod
@@ -136,7 +137,7 @@ class ReductFrameStore:
         if settings is not None:
             async with translated():
                 await opened.set_settings(settings)
-        return cls(client, opened, stride_us=stride_us)
+        return cls(client, opened, stride_us=stride_us, quota_bytes=quota_bytes)
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch; see the port."""
@@ -288,6 +289,13 @@ class ReductFrameStore:
         """How many records each entry has now."""
         async with translated():
             return {entry.name: entry.record_count for entry in await self._bucket.get_entry_list()}
+
+    async def horizon_us(self) -> int | None:
+        """What is older than this goes as soon as it is written."""
+        async with translated():
+            info = await self._bucket.info()
+        full = self._quota_bytes and info.size * BLOCKS >= self._quota_bytes * (BLOCKS - FULL_BLOCKS)
+        return int(info.oldest_record) if full else None
 
     async def uptime_s(self) -> float:
         """Seconds since the server started, whole ones, rounded down."""

@@ -124,7 +124,11 @@ class RetainedFrameStore:
         return result
 
     async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
-        """Which of these times hold that image now, in either."""
+        """Which of these times hold that image now, in either, or did until the quota dropped it.
+
+        A frame older than all that the quota has room for, as of a camera that was away for a day, goes at once:
+        looking for it again and again would keep it in the queue for good.
+        """
         even = {at: sha256 for at, sha256 in expected.items() if at % 2 == 0}
         odd = {at: sha256 for at, sha256 in expected.items() if at % 2}
         found = await self._kept.confirm(entry, even) if even else set()
@@ -133,6 +137,10 @@ class RetainedFrameStore:
             found = found | passing
             left = {at: sha256 for at, sha256 in odd.items() if at not in passing}
             found = found | await self._kept.confirm(entry, left) if left else found
+            gone = odd.keys() - found
+            horizon_us = await self._passing.horizon_us() if gone else None
+            if horizon_us is not None:
+                found = found | {at for at in gone if at < horizon_us}
         return found
 
     async def uptime_s(self) -> float:
