@@ -29,6 +29,7 @@ from tests.bench.shadow import cpu_s
 from tests.support.cells import load_cells
 
 DIGEST = "sha256:" + "0" * 64
+WAITING = "waiting"
 PARTS = ("ingest", "valkey", "storage", "reductstore")
 TARGETS = (1_000, 10_000, 100_000, 1_000_000)
 # Frames in Redis at a time: judged ones stay until the store has confirmed them.
@@ -49,7 +50,8 @@ async def redis_bytes_per_frame(streams: RedisStreams, client: VigilClient, imag
         return int(next(line for line in text.splitlines() if line.startswith("used_memory:")).partition(":")[2])
 
     before, count = await used(), 200
-    frames = (Frame(images[index % len(images)], MODEL) for index in range(count))
+    # Of a model that nobody serves, so that they wait.
+    frames = (Frame(images[index % len(images)], WAITING) for index in range(count))
     async for result in client.stream(frames, wait_for=WaitFor.ACCEPTED):
         if result.error is not None:
             raise RuntimeError(f"not accepted: {result.error}")
@@ -63,7 +65,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         async with LocalStack(Path(name), log=print, log_level="WARNING") as stack:
             streams = await RedisStreams.connect(stack.redis_url)
-            await streams.routing.promote(MODEL, version=1, digest=DIGEST, threshold=None)
+            for model in (MODEL, WAITING):
+                await streams.routing.promote(model, version=1, digest=DIGEST, threshold=None)
             await stack.stop("shadow")  # nothing is compared here
             rates: dict[int, list[float]] = {count: [] for count in options.workers}
             costs: list[dict[str, float]] = []

@@ -19,6 +19,7 @@ import numpy as np
 import uvloop
 from vigil.types.v1 import types_pb2
 from vigil_common.bundle import ModelInput
+from vigil_common.logging import configure
 from vigil_common.streams.redis import RedisStreams
 from vigil_inference.engine import Outputs
 from vigil_inference.pipeline import Pipeline
@@ -47,6 +48,7 @@ class Sleeping:
 async def main() -> None:
     """Work until told to stop."""
     model, digest, redis_url, sleep_ms = sys.argv[1:]
+    configure("sleeping", "WARNING")
     pipeline = Pipeline(cast("LoadedModel", Sleeping(float(sleep_ms) / 1000)), 1 << 26)
     pipeline.start()
     streams = await RedisStreams.connect(redis_url)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from importlib.metadata import version
-from typing import Any
 
 import litserve
 from judge import Judge
@@ -23,7 +22,7 @@ class Api(litserve.LitAPI):
         del device
         self._judge = Judge()
 
-    def decode_request(self, request: Any) -> bytes:
+    def decode_request(self, request) -> bytes:  # noqa: ANN001 - LitServe takes an annotation for a schema
         """The uploaded file."""
         data: bytes = request["image"].file.read()
         return data

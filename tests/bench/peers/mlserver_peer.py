@@ -1,6 +1,12 @@
 # /// script
 # requires-python = ">=3.11,<3.13"
-# dependencies = ["mlserver==1.7.1", "onnxruntime==1.32.0", "pillow>=13", "numpy>=2"]
+# dependencies = [
+#     "mlserver==1.7.1",
+#     "uvloop<0.22",           # later ones make no loop by themselves, which MLServer counts on
+#     "onnxruntime==1.32.0",
+#     "pillow>=13",
+#     "numpy>=2",
+# ]
 # ///
 """MLServer with a runtime of a few lines, by gRPC, its inference pool of one worker: python mlserver_peer.py PORT."""
 
@@ -42,4 +48,4 @@ if __name__ == "__main__":
     model = {"name": "peer", "implementation": "mlserver_peer.Runtime"}
     (folder / "model-settings.json").write_text(json.dumps(model))
     print(json.dumps({"version": version("mlserver")}), flush=True)
-    os.execv(sys.executable, [sys.executable, "-m", "mlserver.cli", "start", str(folder)])  # noqa: S606 - its own command line, no shell needed
+    os.execv(sys.executable, [sys.executable, "-c", "from mlserver.cli import main; main()", "start", str(folder)])  # noqa: S606 - its own command line, no shell needed
