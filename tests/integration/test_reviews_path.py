@@ -86,9 +86,9 @@ async def test_the_commands_label_show_query_and_export(tmp_path: Path) -> None:
     drawn.paste(255, (10, 20, 60, 80))
     drawn.save(mask)
     async with platform(tmp_path) as vigil:
-        first, second = await streamed(vigil, [image, load_cells().normal[0]])
+        first, second, *others = await streamed(vigil, [image, load_cells().normal[0], *load_cells().defective[1:7]])
         command = partial(vigil_command, vigil)
-        assert first in await command("review", "-m", MODEL, "--author", "Ann", "--size", "5")
+        assert first in await command("review", "-m", MODEL, "--author", "Ann", "--size", "8")
         said = ["--author", "Ann", "--note", "a crack"]
         await command("annotate", first, "-m", MODEL, "--label", "anomalous", "--mask", str(mask), *said)
         await command("annotate", second, "-m", MODEL, "--label", "normal", "--author", "Ann")
@@ -97,12 +97,23 @@ async def test_the_commands_label_show_query_and_export(tmp_path: Path) -> None:
             ("anomalous", "Ann", "a crack")
         ]
         assert Image.open(back).getbbox() == (10, 20, 60, 80)
-        lines = (await command("frames", "query", MODEL, "--human", "normal", "--json")).splitlines()
-        assert [json.loads(line)["frame_id"] for line in lines] == [second]
-        assert await command("frames", "query", MODEL, "--not-reviewed", "--json") == ""
+
+        async def query(*words: str) -> list[str]:
+            return (await command("frames", "query", MODEL, "--json", *words)).splitlines()
+
+        assert [json.loads(line)["frame_id"] for line in await query("--human", "normal")] == [second]
+        # A program that closes at once leaves what the worker had marked.
+        found = [one async for one in vigil.storage.frames_query(MODEL, anomalous=True) if one.frame_id in others]
+        worker = ["--inference-address", vigil.stack.worker_addresses[vigil.worker]]
+        await command("review", found[0].frame_id, "-m", MODEL, "--open", "true", "--yes", "--author", "Bob", *worker)
+        marked = await vigil.storage.frames_history(MODEL, found[0].frame_id)
+        assert [(one.author, one.masked) for one in marked.annotations] == [("Bob", True)]
+        left = {json.loads(line)["frame_id"] for line in await query("--not-reviewed")}
+        assert left == {*others} - {found[0].frame_id}
         await command("export", "-m", MODEL, "-o", str(out))
     pairs = anomalib_folder(out)
-    assert [(label, mask is not None) for _, label, mask in pairs] == [("normal", False), ("abnormal", True)]
+    expected = [("normal", False), ("abnormal", True), ("abnormal", True)]
+    assert [(label, mask is not None) for _, label, mask in pairs] == expected
 
 
 @pytest.mark.skipif(not HAZELNUTS, reason="VIGIL_TEST_HAZELNUTS names no copy of the hazelnut_toy data set")
