@@ -7,16 +7,20 @@ import hashlib
 import io
 import re
 import secrets
+import ssl
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 import yaml
 from aiohttp import CookieJar, FormData
 from aiohttp.test_utils import BaseTestServer, TestClient, TestServer
 from PIL import Image, ImageOps
 from vigil.storage.v1 import storage_pb2_grpc
+from vigil_cli.local.process import free_port
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
 from vigil_common.grpc.server import create_server
@@ -24,7 +28,7 @@ from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.ports import Record
 from vigil_common.streams.memory import MemoryStreams
-from vigil_review import pictures
+from vigil_review import bootstrap, pictures
 from vigil_review.app import create_app
 from vigil_review.backend import Backend
 from vigil_review.config import Settings
@@ -277,6 +281,39 @@ async def test_where_storage_is_away_the_page_says_so(site: Site) -> None:
     answer = await client.get("/")
     assert answer.status == 503
     assert "That did not work" in await answer.text()
+
+
+async def test_a_new_certificate_is_served_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "ROTATION_S", 0.05)
+    cert, key, port = tmp_path / "tls.crt", tmp_path / "tls.key", free_port()
+
+    def issue() -> str:
+        issued = trustme.CA().issue_cert("127.0.0.1")
+        issued.private_key_pem.write_to_path(key)
+        issued.cert_chain_pems[0].write_to_path(cert)
+        return issued.cert_chain_pems[0].bytes().decode()
+
+    async def served() -> str:
+        return await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", port))
+
+    async def until(expected: str) -> None:
+        async with asyncio.timeout(20):
+            while True:
+                with suppress(OSError):
+                    if (await served()).split() == expected.split():
+                        return
+                await asyncio.sleep(0.05)
+
+    first = issue()
+    stop = asyncio.Event()
+    settings = Settings(review_bind=f"127.0.0.1:{port}", tls_cert_file=cert, tls_key_file=key)
+    serving = asyncio.create_task(bootstrap.serve(settings, stop))
+    await until(first)
+    key.write_text("in the middle of a rotation")
+    await until(first)
+    await until(issue())
+    stop.set()
+    await serving
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG", image()[:40]])

@@ -10,7 +10,7 @@ class Settings(SecuritySettings):
     """The review page's settings.
 
     People log in with a token of their own, which is what storage is asked with; the service's own token
-    (`token_file`) is only for workers.
+    (`token_file`) is only for workers. Browsers are not asked for a certificate, whatever `tls_client_ca_file` says.
 
     Attributes:
         review_bind: "HOST:PORT" of the page; HTTPS where `tls_cert_file` is set.
