@@ -181,6 +181,9 @@ class FrameWriter:
             out = await self._sampling.left_out([record for _, record in todo])
             await self._leave_out([outcome for (outcome, _), left in zip(todo, out, strict=True) if left])
             todo = [one for one, left in zip(todo, out, strict=True) if not left]
+        # By time: where ReductStore begins its next block (1,024 records) with a record earlier than the last, it takes
+        # the times in between twice, and what the older block has there is found by no query any more.
+        todo.sort(key=lambda one: (one[1].entry, one[1].timestamp_us))
         # One entry is in one lane: the store takes one batch at a time for it.
         lanes: dict[int, list[tuple[QueuedOutcome, Record]]] = defaultdict(list)
         lane_of: dict[str, int] = {}
