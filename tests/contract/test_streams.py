@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from redis.exceptions import ReadOnlyError, ResponseError
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
-from vigil_common.streams.redis import RedisStreams
+from vigil_common.streams.redis import RedisStreams, away
 
 from tests.support.valkey import ValkeyProcess
 
@@ -231,6 +232,19 @@ async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: P
     assert len(await streams.source(M, "a").read(count=100, block_ms=100)) == 50
     await streams.close()
     server.stop()
+
+
+def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:
+    # uvloop's and redis-py's own words, as they came in runs with faults.
+    closed = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
+    gone = [
+        closed,
+        ConnectionResetError(),
+        ResponseError("MISCONF Errors writing to the AOF file"),
+        ReadOnlyError("You"),
+    ]
+    assert all(map(away, gone))
+    assert not any(map(away, [RuntimeError("dictionary changed"), ResponseError("WRONGTYPE Operation against a key")]))
 
 
 async def test_a_server_that_became_a_replica_is_away_not_broken(tmp_path: Path) -> None:

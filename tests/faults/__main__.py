@@ -157,6 +157,9 @@ class Run:
         await asyncio.gather(watching, return_exceptions=True)
 
     async def _inject(self, fault: Fault) -> None:
+        if fault.kind is Kind.DISK_FULL and fault.where not in self.disks:
+            self._busy.discard(fault.where)  # it failed over to another disk
+            return
         self._say(str(fault))
         self.injected[fault.kind.value] += 1
         stack = self.stack

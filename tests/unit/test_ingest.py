@@ -246,3 +246,29 @@ async def test_submit_puts_the_reason_into_the_status(served: Served) -> None:
     status = rpc_status.from_call(cast("grpc.Call", caught.value))
     assert status is not None
     assert reason_of(status) == "IMAGE_UNREADABLE"
+
+
+async def test_a_follower_that_broke_goes_on_and_verdicts_still_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = MemoryStreams()
+    await streams.routing.promote(MODEL, version=1, digest="sha256:1", threshold=None)
+    read = streams.queue.read_replies
+    broken: list[bool] = []
+
+    async def breaks_once(*arguments: Any, **options: Any) -> tuple[str, list[bytes]]:
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("not foreseen")
+        return await read(*arguments, **options)
+
+    monkeypatch.setattr(streams.queue, "read_replies", breaks_once)
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=Limits(100_000, 10_000, 10.0))
+    frame = a_submission(image=picture())
+    received_us, future = await app.accept(frame, None, wait=True)
+    assert future is not None
+    source = streams.source(MODEL, "a")
+    (queued,) = await source.read(count=1, block_ms=1000)
+    outcome = types_pb2.Outcome(frame_id=frame.frame_id, verdict=types_pb2.Verdict(score=0.5)).SerializeToString()
+    await source.emit([Emission(queued.entry_id, frame.frame_id, outcome, outcome)])
+    assert (await app.outcome(frame, future, received_us)).verdict.score == 0.5
+    assert broken
+    await app.close()

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -111,12 +112,21 @@ class Ingest:
             return None
         if model not in self._models:
             self._models[model] = _Model(route)
-            self._spawn(self._follow_route(model))
-            self._spawn(self._follow_replies(model))
+            self._spawn(partial(self._follow_route, model))
+            self._spawn(partial(self._follow_replies, model))
         return self._models[model]
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
+    async def _kept_up(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        while True:
+            try:
+                await work()
+            except Exception:
+                # Without it clients would wait for verdicts that are there, in a process that looks healthy.
+                log.exception("follower_failed")
+                await asyncio.sleep(RECONNECT_S)
+
+    def _spawn(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        task = asyncio.create_task(self._kept_up(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -112,6 +112,9 @@ def away(error: BaseException) -> bool:
     if isinstance(error, ResponseError):
         # redis-py cuts the code off those that it has a class for.
         return isinstance(error, ReadOnlyError | ClusterDownError | TryAgainError) or str(error).startswith(AWAY)
+    if isinstance(error, RuntimeError):
+        # uvloop's word for a connection that was reset between two writes; redis-py lets it through.
+        return "handler is closed" in str(error)
     return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
 
 
@@ -125,7 +128,7 @@ def translated() -> Iterator[None]:
     """Turn lost connections, and servers that can't serve now, into `Unavailable`."""
     try:
         yield
-    except (RedisError, OSError) as error:
+    except (RedisError, OSError, RuntimeError) as error:
         if not away(error):
             raise
         raise unavailable(error) from error
