@@ -16,6 +16,7 @@ import grpc
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil.shadow.v1 import shadow_pb2, shadow_pb2_grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
+from vigil_common.errors import VigilError
 from vigil_operator.render import DIGEST_ANNOTATION, GRPC_PORT, MANAGER
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from vigil_operator.cluster import Api
 
+AT_ONCE = 16
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER}"
 Manifest = dict[str, Any]
 
@@ -72,14 +74,16 @@ class Node:
     async def run(self) -> None:
         """Look at the Deployments again and again."""
         while True:
-            await self.once()
+            # Gone between two looks, or a server that is busy: the next look does it.
+            with contextlib.suppress(VigilError):
+                await self.once()
             await asyncio.sleep(self.poll_s)
 
     async def once(self) -> None:
         deployments = await self.api.list("apps/v1", "Deployment", None, SELECTOR)
         names = {f"{body['metadata']['namespace']}/{body['metadata']['name']}" for body in deployments}
-        for deployment in deployments:
-            await self._run_pod(deployment)
+        for start in range(0, len(deployments), AT_ONCE):
+            await asyncio.gather(*(self._run_pod(body) for body in deployments[start : start + AT_ONCE]))
         for gone in set(self._written) - names:
             namespace, name = gone.split("/")
             await self.api.delete("v1", "Pod", namespace, f"{name}-0")
@@ -105,8 +109,7 @@ class Node:
             },
         }
         spec = {"containers": [{"name": "inference", "image": "x"}]}
-        with contextlib.suppress(grpc.RpcError):
-            await self._apply({**pod, "spec": spec})
+        await self._apply({**pod, "spec": spec})
         ready = "False" if container else "True"
         shown = container or {"state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}, "restartCount": 0}
         status = {
