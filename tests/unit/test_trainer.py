@@ -228,8 +228,8 @@ def test_an_export_names_itself_and_gets_parity_images_where_none_are_given(tmp_
     said = bundle.manifest.lineage
     assert (said["algorithm"], said["exporter"], said["opset"], said["note"]) == ("stfpm", "pytorch 2.14", 18, "x")
     assert [sample.tolerance for sample in bundle.manifest.parity] == [0.01, 0.01]
-    model = LoadedModel(pack(bundle.manifest, bundle.files), tmp_path / "loaded", engine="onnxruntime")
-    assert all(sample.passed for sample in model.parity)
+    loaded = LoadedModel(pack(bundle.manifest, bundle.files), tmp_path / "loaded", engine="onnxruntime")
+    assert all(sample.passed for sample in loaded.parity)
 
 
 def test_runtimes_that_disagree_are_refused(tmp_path: Path) -> None:
