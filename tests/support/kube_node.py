@@ -153,11 +153,12 @@ class Node:
         if key not in self._addresses:
             number = len(self._addresses) + 1
             address = f"127.1.{number // 250}.{number % 250 + 1}"
-            server = grpc.aio.server()
+            # Taken before anything is waited for: many pods come at once.
+            self._addresses[key] = address
+            self._servers[key] = server = grpc.aio.server()
             inference_pb2_grpc.add_InferenceServiceServicer_to_server(_Pod(self, digest), server)  # type: ignore[abstract]  # only asked that
             server.add_insecure_port(f"{address}:{GRPC_PORT}")
             await server.start()
-            self._servers[key], self._addresses[key] = server, address
         return self._addresses[key]
 
     async def close(self) -> None:
