@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 1 << 20
 BUNDLES, POINTERS, DEPRECATED = "bundles", "index", "deprecated"
-# A digest has one place, whatever versions point at it.
-PLACE = 1
 
 
 class ReductModelStore:
@@ -69,15 +69,16 @@ class ReductModelStore:
         """Keep a bundle's bytes; see the port."""
         entry = _bundle_entry(name, digest)
         measured = Measured(chunks, size_bytes)
+        # A time of its own: the server may still hold the one of an upload that was cut off a moment ago (409). What
+        # counts is the latest; nothing is uploaded any more once a version points at it.
+        at = time.time_ns() // 1_000
         try:
             async with translated():
-                # What an earlier upload has left; nothing points at it, or the same bytes would not be sent again.
-                await self._remove(entry)
                 try:
                     await self._bucket.write(
                         entry,
                         measured.chunks(),
-                        timestamp=PLACE,
+                        timestamp=at,
                         content_length=size_bytes,
                         content_type="application/x-tar",
                         labels={"digest": digest, "size": str(size_bytes)},
@@ -86,25 +87,24 @@ class ReductModelStore:
                     # The library hides what the chunks raise behind an error of its own.
                     measured.reraise()
         except BaseException:
-            await asyncio.shield(self._give_up(entry))
+            await asyncio.shield(self._give_up(entry, at))
             raise
 
-    async def _give_up(self, entry: str) -> None:
-        try:
-            await self._remove(entry)
-        except TROUBLE:  # the next upload removes it
-            return
+    async def _give_up(self, entry: str, at: int) -> None:
+        # What stays all the same is broken, has no pointer, and is never the latest again.
+        with suppress(*TROUBLE):
+            await self._bucket.remove_record(entry, at)
 
     async def publish(self, info: ModelInfo) -> None:
         """Show an uploaded bundle; see the port."""
         async with self._lock, translated():
             if await self._pointer(info.name, info.version) is not None:
                 raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}")
-            if await self._size(info) != info.size_bytes:
+            if await self._place(info) is None:
                 raise _not_kept()
             body = json.dumps({key: value for key, value in asdict(info).items() if key != "deprecated"}).encode()
             await self._append(f"{POINTERS}/{info.name}", info.version, body)
-            if await self._pointer(info.name, info.version) != info or await self._size(info) != info.size_bytes:
+            if await self._pointer(info.name, info.version) != info or await self._place(info) is None:
                 raise _not_kept()
 
     async def _append(self, entry: str, version: int, body: bytes) -> None:
@@ -131,21 +131,20 @@ class ReductModelStore:
                 return await self.get(name, version)
         return replace(info, deprecated=reason)
 
-    async def _remove(self, entry: str) -> None:
-        try:
-            await self._bucket.remove_record(entry, PLACE)
-        except ReductError as error:
-            if error.status_code != NOT_FOUND:
-                raise
+    async def _place(self, info: ModelInfo) -> int | None:
+        """Where the whole bundle stands; None where it doesn't.
 
-    async def _size(self, info: ModelInfo) -> int | None:
+        By a query: asked for its latest record, the server forgets for a moment that there is one while another goes.
+        """
+        found = None
         try:
-            async with self._bucket.read(_bundle_entry(info.name, info.digest), PLACE, head=True) as record:
-                return int(record.size)
+            async for record in self._bucket.query(_bundle_entry(info.name, info.digest), head=True):
+                if record.size == info.size_bytes:
+                    found = int(record.timestamp)
         except ReductError as error:
             if error.status_code not in (NOT_FOUND, TOO_EARLY, BROKEN):
                 raise
-            return None
+        return found
 
     async def _read(self, entry: str, version: int) -> Any:
         """A small record's JSON; None where there is none."""
@@ -171,8 +170,8 @@ class ReductModelStore:
             reasons = await self._read_all(DEPRECATED, name)
             pointers = await self._read_all(POINTERS, name)
             found = [_info(fields, reasons.get(place, "")) for place, fields in pointers.items()]
-            sizes = await asyncio.gather(*(self._size(info) for info in found))
-        whole = [info for info, size in zip(found, sizes, strict=True) if size == info.size_bytes]
+            places = await asyncio.gather(*(self._place(info) for info in found))
+        whole = [info for info, place in zip(found, places, strict=True) if place is not None]
         return sorted(whole, key=lambda info: (info.name, info.version))
 
     async def _read_all(self, kind: str, name: str | None) -> dict[tuple[str, int], Any]:
@@ -199,8 +198,8 @@ class ReductModelStore:
             raise NotFound("UNKNOWN_MODEL", f"no model {name} has been published")
         async with translated():
             info = await self._pointer(name, version)
-            size = None if info is None else await self._size(info)
-        if info is not None and size != info.size_bytes:
+            place = None if info is None else await self._place(info)
+        if info is not None and place is None:
             what = f"the bundle of {name} version {version} is not all here; it may be on its way from the centre"
             raise Unavailable("BUNDLE_INCOMPLETE", f"{what}, else publish it again", retry_after_s=5.0)
         if info is None:
@@ -212,7 +211,10 @@ class ReductModelStore:
     async def download(self, info: ModelInfo) -> AsyncIterator[bytes]:
         """The bundle, checked against its digest at the end."""
         try:
-            async with self._bucket.read(_bundle_entry(info.name, info.digest), PLACE) as record:
+            place = await self._place(info)
+            if place is None:
+                raise DataLost("BUNDLE_BROKEN", f"the bundle of {info.name} version {info.version} is gone")
+            async with self._bucket.read(_bundle_entry(info.name, info.digest), place) as record:
                 async for chunk in checked(record.read(CHUNK_BYTES), info):
                     yield chunk
         except TROUBLE as error:
