@@ -26,7 +26,7 @@ from vigil_common.errors import InvalidInput
 from vigil_common.grpc.server import create_server
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
-from vigil_common.store.ports import Record
+from vigil_common.store.ports import ModelInfo, Record
 from vigil_common.streams.memory import MemoryStreams
 from vigil_review import bootstrap, pictures
 from vigil_review.app import create_app
@@ -87,6 +87,7 @@ class Site:
 
     tokens: dict[str, str]
     frames: EmbeddedFrameStore
+    models: EmbeddedModelStore
     storage: Any
     server: BaseTestServer
     sessions: Sessions
@@ -132,7 +133,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     clock = [0.0]
     sessions = Sessions(60.0, clock=lambda: clock[0])
     async with TestServer(create_app(backend, sessions, secure=False)) as server:
-        found = Site(tokens, frames, handle, server, sessions, clock)
+        found = Site(tokens, frames, models, handle, server, sessions, clock)
         yield found
         for client in found.clients:
             await client.session.close()
@@ -347,6 +348,34 @@ def test_a_workers_picture_lies_over_the_stored_pixels_whatever_exif_says(orient
 
 def test_a_canvas_without_a_mark_is_no_mask() -> None:
     assert pictures.drawn(image(mode="RGBA", fill=(255, 0, 0, 100))) == b""
+
+
+async def test_a_models_page_shows_its_versions_with_metrics_and_why_one_is_deprecated(site: Site) -> None:
+    for version, metrics in ((1, "{auroc: 0.9123, f1: 0.8}"), (2, "{}")):
+        info = ModelInfo(
+            name=M,
+            version=version,
+            digest=f"sha256:{version:064}",
+            size_bytes=3,
+            formats=("onnxruntime",),
+            published_at_us=T0,
+            manifest=f"name: {M}\nlineage: {{metrics: {metrics}}}\n",
+            published_by="trainer",
+        )
+        await site.models.upload(M, info.digest, 3, one_chunk(b"tar"))
+        await site.models.publish(info)
+    await site.models.deprecate(M, 1, "blind on <edges>")
+    client = await site.logged_in()
+    assert f'href="/m/{M}/next"' in await (await client.get("/")).text()
+    text = await (await client.get(f"/m/{M}")).text()
+    assert "auroc 0.912, f1 0.800" in re.sub(r"\s+", " ", text)
+    assert "deprecated: blind on &lt;edges&gt;" in text
+    assert "No frame was judged in this time" in text
+    assert (await client.get(f"/m/{M}?minutes=7")).status == 400
+
+
+async def one_chunk(data: bytes) -> AsyncIterator[bytes]:
+    yield data
 
 
 def test_cameras_show_rate_and_scores_on_one_scale() -> None:
