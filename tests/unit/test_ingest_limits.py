@@ -86,6 +86,17 @@ def test_images_on_their_way_are_bounded_over_all_clients() -> None:
         pass
 
 
+def test_bad_frames_are_answered_at_once_until_there_are_too_many_of_them() -> None:
+    clock = Clock()
+    clients = Clients(ClientLimits(refused_per_s=10), clock=clock)
+    delays = [clients.refusal_delay_s("hostile") for _ in range(40)]
+    assert delays[:20] == [0.0] * 20
+    assert delays[-1] == pytest.approx(1.9)
+    assert clients.refusal_delay_s("polite") == 0.0
+    clock.now += 60
+    assert clients.refusal_delay_s("hostile") == 0.0
+
+
 def test_clients_that_were_quiet_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_CLIENTS", 10)
     clock = Clock()

@@ -57,6 +57,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             frames_per_s=settings.client_frames_per_s,
             bytes_per_s=settings.client_bytes_per_s,
             held_bytes=settings.held_bytes,
+            refused_per_s=settings.client_refused_per_s,
         )
     )
     app = Ingest(streams.queue, streams.routing, replica=uuid.uuid4().hex, limits=limits, clients=clients)

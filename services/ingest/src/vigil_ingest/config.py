@@ -20,6 +20,7 @@ class Settings(SecuritySettings):
         client_calls: Calls of one client (its token's name, or its address without tokens) at once.
         client_frames_per_s: Frames of one client; 0 for any number.
         client_bytes_per_s: Image bytes of one client; 0 for any number.
+        client_refused_per_s: Bad frames of one client that are answered at once; more wait for their answers.
         held_bytes: Image bytes of all clients on their way into the queue.
         verdict_timeout_s: How long a client waits for a verdict.
         drain_s: How long frames under way may take at a stop.
@@ -38,6 +39,7 @@ class Settings(SecuritySettings):
     client_calls: int = 1024
     client_frames_per_s: float = 0.0
     client_bytes_per_s: float = 0.0
+    client_refused_per_s: float = 50.0
     held_bytes: int = 512 << 20
     verdict_timeout_s: float = 30.0
     drain_s: float = 20.0

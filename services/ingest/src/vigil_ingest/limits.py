@@ -29,12 +29,15 @@ class ClientLimits:
         frames_per_s: Frames of a client; 0 for any number.
         bytes_per_s: Image bytes of a client; 0 for any number.
         held_bytes: Image bytes of all clients on their way into the queue.
+        refused_per_s: Bad frames of a client that are answered at once; the answers to more of them wait, and with
+            them the client's window. Refusing costs as much as accepting.
     """
 
     calls: int = 1024
     frames_per_s: float = 0.0
     bytes_per_s: float = 0.0
     held_bytes: int = 512 << 20
+    refused_per_s: float = 50.0
 
 
 @dataclass(slots=True)
@@ -43,6 +46,12 @@ class _Spent:
 
     frames_until: float = 0.0
     bytes_until: float = 0.0
+    refusals_until: float = 0.0
+
+    @property
+    def until(self) -> float:
+        """When all of it is made up for."""
+        return max(self.frames_until, self.bytes_until, self.refusals_until)
 
 
 class Clients:
@@ -95,10 +104,7 @@ class Clients:
         limits, now = self._limits, self._clock()
         if not limits.frames_per_s and not limits.bytes_per_s:
             return
-        spent = self._spent.get(client)
-        if spent is None:
-            self._forget(now)
-            spent = self._spent[client] = _Spent()
+        spent = self._of(client, now)
         wait_s = max(spent.frames_until, spent.bytes_until) - now - BURST_S
         if wait_s > 0:
             what = f"{limits.frames_per_s:g} frames/s" if limits.frames_per_s else ""
@@ -109,8 +115,21 @@ class Clients:
         if limits.bytes_per_s:
             spent.bytes_until = max(spent.bytes_until, now) + image_bytes / limits.bytes_per_s
 
+    def refusal_delay_s(self, client: str) -> float:
+        """Count a bad frame of a client; how long its answer waits."""
+        now = self._clock()
+        spent = self._of(client, now)
+        delay_s = max(0.0, spent.refusals_until - now - BURST_S)
+        spent.refusals_until = max(spent.refusals_until, now) + 1 / self._limits.refused_per_s
+        return delay_s
+
+    def _of(self, client: str, now: float) -> _Spent:
+        spent = self._spent.get(client)
+        if spent is None:
+            self._forget(now)
+            spent = self._spent[client] = _Spent()
+        return spent
+
     def _forget(self, now: float) -> None:
         if len(self._spent) >= MAX_CLIENTS:
-            self._spent = {
-                name: spent for name, spent in self._spent.items() if max(spent.frames_until, spent.bytes_until) > now
-            }
+            self._spent = {name: spent for name, spent in self._spent.items() if spent.until > now}

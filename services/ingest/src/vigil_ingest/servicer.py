@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from google.rpc import code_pb2
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil_common.errors import VigilError
@@ -46,7 +47,8 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         """One frame, one answer."""
         client = convert.client(context)
         with self._app.clients.call(client):
-            response = await self._answer([request], convert.traceparent(context), client)
+            answer = await self._answer([request], convert.traceparent(context), client)
+            response = await self._paced(answer, client)
         if response.HasField("error"):
             await context.abort_with_status(rpc_status.to_status(response.error))
         if response.HasField("accepted"):
@@ -82,7 +84,7 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         done: asyncio.Queue[ingest_pb2.StreamResponse | None],
     ) -> None:
         async def one(held: list[ingest_pb2.StreamRequest]) -> None:
-            await done.put(await self._answer(held, traceparent, client))
+            await done.put(await self._paced(await self._answer(held, traceparent, client), client))
 
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -103,6 +105,12 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         finally:
             stopping.cancel()
             await done.put(None)
+
+    async def _paced(self, response: ingest_pb2.StreamResponse, client: str) -> ingest_pb2.StreamResponse:
+        """The response, at once unless the client sends one bad frame after the other."""
+        if response.error.code == code_pb2.INVALID_ARGUMENT:
+            await asyncio.sleep(self._app.clients.refusal_delay_s(client))
+        return response
 
     async def _answer(
         self, held: list[ingest_pb2.SubmitRequest] | list[ingest_pb2.StreamRequest], traceparent: str, client: str
