@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 CHUNK_BYTES = 1 << 20
+LOOKS, LOOK_AGAIN_S = 5, 0.02
 BUNDLES, POINTERS, DEPRECATED = "bundles", "index", "deprecated"
 
 
@@ -134,17 +135,22 @@ class ReductModelStore:
     async def _place(self, info: ModelInfo) -> int | None:
         """Where the whole bundle stands; None where it doesn't.
 
-        By a query: asked for its latest record, the server forgets for a moment that there is one while another goes.
+        While the record of an upload that was cut off goes, the server may overlook this one for some milliseconds, in
+        a query as when asked for the latest. So it is asked again before that is believed.
         """
-        found = None
-        try:
-            async for record in self._bucket.query(_bundle_entry(info.name, info.digest), head=True):
-                if record.size == info.size_bytes:
-                    found = int(record.timestamp)
-        except ReductError as error:
-            if error.status_code not in (NOT_FOUND, TOO_EARLY, BROKEN):
-                raise
-        return found
+        for _ in range(LOOKS):
+            found = None
+            try:
+                async for record in self._bucket.query(_bundle_entry(info.name, info.digest), head=True):
+                    if record.size == info.size_bytes:
+                        found = int(record.timestamp)
+            except ReductError as error:
+                if error.status_code not in (NOT_FOUND, TOO_EARLY, BROKEN):
+                    raise
+            if found is not None:
+                return found
+            await asyncio.sleep(LOOK_AGAIN_S)
+        return None
 
     async def _read(self, entry: str, version: int) -> Any:
         """A small record's JSON; None where there is none."""
