@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vigil_common.errors import Unavailable
 from vigil_common.logging import get_logger
+from vigil_common.streams.supervise import for_each_model, wait
 
 from vigil_shadow import metrics
 from vigil_shadow.domain import Compared
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 READ_BLOCK_MS = 500
 # Verdicts gather for so long: a step for each of them would cost Redis as much as the frame does.
 GATHER_S = 0.25
-DISCOVER_EVERY_S = 1.0
 RETRY_S = 0.2
 COUNTED = ("missing", "unmatched", "late", "duplicate", "foreign", "lost", "malformed")
 
@@ -67,7 +67,7 @@ class Comparer:
                         await self._serve(stop)
                 except Unavailable as error:
                     self._log.warning("shadow_waits", reason=error.reason, message=error.message)
-                await _wait(stop, RETRY_S)
+                await wait(stop, RETRY_S)
         finally:
             metrics.OWNED.labels(self._model).set(0)
             with suppress(Unavailable):
@@ -94,7 +94,7 @@ class Comparer:
                 if not await self._step(run, list(part)):
                     return
             if 0 < len(verdicts) < self._options.batch_size:
-                await _wait(stop, pause_s)
+                await wait(stop, pause_s)
 
     async def _step(self, run: str, verdicts: list[ComparedVerdict]) -> bool:
         """Add verdicts of one run to its report; False where another owner has been at it."""
@@ -144,30 +144,9 @@ class Comparers:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Find models and compare until stopped; a comparer that broke is started again."""
-        running: dict[str, asyncio.Task[None]] = {}
-        try:
-            while not stop.is_set():
-                for model, task in list(running.items()):
-                    if task.done() and not task.cancelled():
-                        log.error("comparer_failed", model=model, exc_info=task.exception())
-                        del running[model]
-                try:
-                    models = await self._routing.models()
-                except Unavailable as error:
-                    log.warning("models_unknown", reason=error.reason, message=error.message)
-                    models = []
-                for model in models:
-                    if model not in running:
-                        comparer = Comparer(model, self._source(model), self._reports, self._options)
-                        running[model] = asyncio.create_task(comparer.run(stop))
-                await _wait(stop, DISCOVER_EVERY_S)
-            await asyncio.gather(*running.values(), return_exceptions=True)
-        finally:
-            for task in running.values():
-                task.cancel()
-            await asyncio.gather(*running.values(), return_exceptions=True)
+        await for_each_model(
+            self._routing, lambda model: self._comparer(model).run(stop), stop, failed="comparer_failed"
+        )
 
-
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)
+    def _comparer(self, model: str) -> Comparer:
+        return Comparer(model, self._source(model), self._reports, self._options)

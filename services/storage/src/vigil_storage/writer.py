@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from vigil_common.errors import Conflict, InvalidInput, Unavailable
 from vigil_common.logging import get_logger
 from vigil_common.store.ports import Record, Written
+from vigil_common.streams.supervise import for_each_model, wait
 
 from vigil_storage import convert, domain, metrics
 from vigil_storage.comparisons import ComparisonLabeller
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 READ_BLOCK_MS = 250
 SETTLE_EVERY_S = 0.2
-DISCOVER_EVERY_S = 1.0
 BACKOFF_S = (0.05, 5.0)
 
 log = get_logger()
@@ -104,7 +104,7 @@ class FrameWriter:
                         await self._serve(stop)
                 except Unavailable as error:
                     self._log.warning("storage_waits", reason=error.reason, message=error.message)
-                await _wait(stop, self._options.lease_ms / 3000)
+                await wait(stop, self._options.lease_ms / 3000)
         finally:
             with suppress(Unavailable):
                 await self._source.close()
@@ -219,7 +219,7 @@ class FrameWriter:
                 todo = again
                 if waits:
                     self._log.warning("store_waits", records=len(todo), message=str(results[-1]))
-                    await _wait(stop, pause_s)
+                    await wait(stop, pause_s)
                     if stop.is_set():
                         return  # The queue still has them.
                     pause_s = min(pause_s * 2, BACKOFF_S[1])
@@ -324,27 +324,7 @@ class Writers:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Find models and write for them until stopped; a writer that broke is started again."""
-        running: dict[str, asyncio.Task[None]] = {}
-        try:
-            while not stop.is_set():
-                for model, task in list(running.items()):
-                    if task.done() and not task.cancelled():
-                        log.error("writer_failed", model=model, exc_info=task.exception())
-                        del running[model]
-                try:
-                    models = await self._routing.models()
-                except Unavailable as error:
-                    log.warning("models_unknown", reason=error.reason, message=error.message)
-                    models = []
-                for model in models:
-                    if model not in running:
-                        running[model] = asyncio.create_task(self._writer(model).run(stop))
-                await _wait(stop, DISCOVER_EVERY_S)
-            await asyncio.gather(*running.values(), return_exceptions=True)
-        finally:
-            for task in running.values():
-                task.cancel()
-            await asyncio.gather(*running.values(), return_exceptions=True)
+        await for_each_model(self._routing, lambda model: self._writer(model).run(stop), stop, failed="writer_failed")
 
     def _writer(self, model: str) -> FrameWriter:
         def compare() -> Coroutine[None, None, None]:
@@ -357,8 +337,3 @@ class Writers:
         sampling = Sampling(model, self._normal_fraction, self._routing) if self._normal_fraction < 1 else None
         outcomes = self._outcomes(model)
         return FrameWriter(model, outcomes, self._store, self._options, beside=[compare, keep], sampling=sampling)
-
-
-async def _wait(stop: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        await asyncio.wait_for(stop.wait(), seconds)
