@@ -20,7 +20,7 @@ from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil_client import Frame, HumanLabel, StorageClient
 from vigil_client.channel import connect
 
-from vigil_cli.demo import MODEL, mono_cells, stream_all, wait_stored
+from vigil_cli.demo import MODEL, mono_cells, stream_all, told, wait_stored
 from vigil_cli.export import ABNORMAL, NORMAL, Format, write_export
 from vigil_cli.local import LocalStack, StackError
 from vigil_cli.models import make_live
@@ -82,11 +82,7 @@ async def run_demo_loop(out: Path) -> int:
     Returns:
         The exit code: 0 where version 2 is better than version 1.
     """
-    try:
-        return await _loop(out)
-    except StackError as error:
-        errors.print(str(error), markup=False, highlight=False)
-        return 1
+    return await told(_loop(out))
 
 
 async def _loop(out: Path) -> int:

@@ -17,8 +17,8 @@ from vigil_client import Frame, StorageClient, VigilClient
 from vigil_common.bundle import open_bundle, pack
 from vigil_common.streams.ports import Candidate
 
-from vigil_cli.demo import mono_cells, split_cells
-from vigil_cli.local import LocalStack, StackError
+from vigil_cli.demo import mono_cells, split_cells, told
+from vigil_cli.local import LocalStack
 from vigil_cli.models import make_live
 from vigil_cli.options import console, errors
 from vigil_cli.shadow import gates_of, set_candidate, show, stored_images
@@ -79,11 +79,7 @@ async def run_demo_shadow(out: Path) -> int:
         The exit code: 0 where the good candidate passes, the broken one fails, the few are inconclusive, and live lost
         no frame.
     """
-    try:
-        return await _demo(out)
-    except StackError as error:
-        errors.print(str(error), markup=False, highlight=False)
-        return 1
+    return await told(_demo(out))
 
 
 async def _demo(out: Path) -> int:
