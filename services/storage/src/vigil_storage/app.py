@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from vigil_common.access import principal
 from vigil_common.audit import audit
-from vigil_common.bundle import MAX_BUNDLE_BYTES, NAME, BundleCheck
+from vigil_common.bundle import MAX_BUNDLE_BYTES, NAME
 from vigil_common.errors import Conflict, InvalidInput
 from vigil_common.store.ports import ModelInfo
 
 from vigil_storage import domain
-from vigil_storage.bundles import checked_chunks
+from vigil_storage.bundles import Incoming
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -100,15 +100,14 @@ class Storage:
     async def _publish(
         self, chunks: AsyncIterator[bytes], name: str, version: int, digest: str, size_bytes: int
     ) -> tuple[ModelInfo, bool]:
-        check = BundleCheck()
+        incoming = Incoming(chunks, name=name, digest=digest, size_bytes=size_bytes)
         stands = any(info.digest == digest for info in await self.models.list(name))
-        bytes_of = checked_chunks(check, chunks, name=name, digest=digest, size_bytes=size_bytes)
         if stands:  # read all the same: a client that still writes would not hear the answer
-            async for _ in bytes_of:
+            async for _ in incoming.chunks():
                 pass
         else:
-            await self.models.upload(name, digest, size_bytes, bytes_of)
-        bundle = check.finish()
+            await self.models.upload(name, digest, size_bytes, incoming.chunks())
+        bundle = incoming.bundle
         async with self._publishing:
             known = await self.models.list(name)
             for info in known:

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
+from vigil_common.bundle import BundleCheck
 from vigil_common.errors import InvalidBundle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from vigil_common.bundle import BundleCheck
+    from vigil_common.bundle import Checked
 
 
-async def checked_chunks(
-    check: BundleCheck, chunks: AsyncIterator[bytes], *, name: str, digest: str, size_bytes: int
-) -> AsyncIterator[bytes]:
-    """Pass a bundle on, and its last bytes only once all of it is known to be good.
+class Incoming:
+    """A bundle under way, held against what was said of it.
 
-    Raises:
-        InvalidBundle: As `BundleCheck`, or NAME_MISMATCH, DIGEST_MISMATCH.
+    Args:
+        chunks: As they come.
+        name: The model's, as announced.
+        digest: Of the bundle, as announced.
+        size_bytes: Its length, as announced.
     """
-    held, left = b"", size_bytes
-    async for chunk in chunks:
-        check.feed(chunk)
-        if held:
-            yield held
-        held = chunk
-        left -= len(chunk)
-        if left < 0:
-            raise InvalidBundle("BUNDLE_TOO_LARGE", f"the bundle is longer than the {size_bytes} bytes announced")
-    found = check.finish()
-    if found.manifest.name != name:
-        raise InvalidBundle("NAME_MISMATCH", f"the bundle is of model {found.manifest.name}, not of {name}")
-    if found.digest != digest:
-        raise InvalidBundle("DIGEST_MISMATCH", f"the bundle hashes to {found.digest}, not to {digest}")
-    yield held
+
+    def __init__(self, chunks: AsyncIterator[bytes], *, name: str, digest: str, size_bytes: int) -> None:
+        self._chunks = chunks
+        self._name = name
+        self._digest = digest
+        self._size_bytes = size_bytes
+        self._bundle: Checked | None = None
+
+    @property
+    def bundle(self) -> Checked:
+        """What it is, once all of it has been passed on."""
+        assert self._bundle is not None  # noqa: S101 - `chunks` has ended
+        return self._bundle
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Pass it on, and its last bytes only once all of it is known to be good.
+
+        Raises:
+            InvalidBundle: As `BundleCheck`, or BUNDLE_TOO_LARGE, NAME_MISMATCH, DIGEST_MISMATCH.
+        """
+        check = BundleCheck()
+        held, left = b"", self._size_bytes
+        async for chunk in self._chunks:
+            check.feed(chunk)
+            if held:
+                yield held
+            held = chunk
+            left -= len(chunk)
+            if left < 0:
+                what = f"the bundle is longer than the {self._size_bytes} bytes announced"
+                raise InvalidBundle("BUNDLE_TOO_LARGE", what)
+        # A manifest may be long, and everybody else would wait for its YAML.
+        found = await asyncio.to_thread(check.finish)
+        if found.manifest.name != self._name:
+            raise InvalidBundle("NAME_MISMATCH", f"the bundle is of model {found.manifest.name}, not of {self._name}")
+        if found.digest != self._digest:
+            raise InvalidBundle("DIGEST_MISMATCH", f"the bundle hashes to {found.digest}, not to {self._digest}")
+        self._bundle = found
+        yield held
