@@ -135,6 +135,19 @@ async def test_a_revoked_token_is_refused_without_a_restart(tokens_file: Path) -
         assert await reason(channel, token=TOKENS["line"]) == "TOKEN_UNKNOWN"
 
 
+async def test_a_slip_in_the_tokens_file_locks_nobody_out(tokens_file: Path) -> None:
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        tokens_file.write_text("tokens: [{name: line-1}]")
+        os.utime(tokens_file, ns=(1, 1))
+        assert await reason(channel, token=TOKENS["line"]) == "IMAGE_UNREADABLE"
+        assert await reason(channel, token="x" * 40) == "TOKEN_UNKNOWN"
+        tokens_file.unlink()
+        assert await reason(channel, token=TOKENS["line"]) == "IMAGE_UNREADABLE"
+
+
 async def test_probes_need_no_token(tokens_file: Path) -> None:
     async with (
         serving(SecuritySettings(tokens_file=tokens_file)) as port,

@@ -22,10 +22,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vigil_common.errors import Forbidden, InvalidInput, Unauthenticated
+from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from pathlib import Path
+
+log = get_logger()
 
 
 class Role(enum.StrEnum):
@@ -113,7 +116,13 @@ class _Document(BaseModel):
 
 
 class Tokens:
-    """The tokens file, read again when it changes: a rotated secret needs no restart."""
+    """The tokens file, read again when it changes: a rotated secret needs no restart.
+
+    A change that can't be read is logged, and what was read before goes on.
+
+    Raises:
+        InvalidInput: TOKENS_INVALID, at the start.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -148,7 +157,10 @@ class Tokens:
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("TOKEN_MISSING", 'send metadata "authorization: Bearer TOKEN"')
-        self._load()
+        try:
+            self._load()
+        except (OSError, InvalidInput) as error:  # in the middle of a change, or a slip: who could call still can
+            log.warning("tokens_unreadable", file=str(self._path), detail=str(error))
         digest = hashlib.sha256(token.strip().encode()).digest()
         found = None
         for known, who in self._known.items():  # all of them, so that time tells nothing
