@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from vigil_client import Frame, Result, VigilClient, Visualization, WaitFor
+from vigil_common.trace import traced
 
 from vigil_cli.options import DEFAULT_INGEST, Address, AsJson, Token, console, errors, run
 from vigil_cli.sources import Source, SourceError, open_source
@@ -49,8 +50,10 @@ def stream(
             yield frame
 
     async def work() -> list[Result]:
-        async with VigilClient(address, window=window, token=token) as client:
-            return await _collect(client.stream(frames(), wait_for=wait), source, names, pictures, as_json=as_json)
+        with traced("client") as tracer:
+            sdk = tracer.sdk if tracer is not None else None
+            async with VigilClient(address, window=window, token=token, tracer=sdk) as client:
+                return await _collect(client.stream(frames(), wait_for=wait), source, names, pictures, as_json=as_json)
 
     results = run(work())
     if not as_json:

@@ -20,6 +20,8 @@ from vigil_client.types import Failure, Frame, Result, WaitFor
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
+    from opentelemetry.trace import Span, Tracer
+
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _GOODBYE_S = 2.0
@@ -44,10 +46,25 @@ class _InFlight:
     first_sent_s: float
     attempts: int = 0
     retry: asyncio.TimerHandle | None = None
+    span: Span | None = None
+
+    def message(self) -> ingest_pb2.Frame:
+        message = convert.frame_message(self.frame)
+        if self.span is not None:
+            context = self.span.get_span_context()
+            message.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+        return message
 
     def result(self, **outcome: object) -> Result:
         latency_s = time.monotonic() - self.first_sent_s
-        return Result(self.frame.frame_id, latency_s, attempts=max(self.attempts, 1), **outcome)  # type: ignore[arg-type]
+        result = Result(self.frame.frame_id, latency_s, attempts=max(self.attempts, 1), **outcome)  # type: ignore[arg-type]
+        if self.span is not None:
+            about = {"vigil.frame_id": self.frame.frame_id, "vigil.model": self.frame.model}
+            self.span.set_attributes({**about, "vigil.attempts": result.attempts})
+            if result.error is not None:
+                self.span.set_attribute("error.type", result.error.reason or result.error.code)
+            self.span.end()
+        return result
 
 
 class VigilClient(Connected):
@@ -60,6 +77,7 @@ class VigilClient(Connected):
         token: Sent as a bearer token.
         max_retry_s: How long after its first sending a frame is sent again; then its result is an error.
         silence_s: A stream with unanswered frames and no answer for this long counts as lost.
+        tracer: An OpenTelemetry tracer; each frame gets a span, and what the services do with it becomes its children.
     """
 
     def __init__(
@@ -71,11 +89,13 @@ class VigilClient(Connected):
         token: str | None = None,
         max_retry_s: float = 120.0,
         silence_s: float = 60.0,
+        tracer: Tracer | None = None,
     ) -> None:
         super().__init__(address, channel_credentials, token)
         self.window = window
         self.max_retry_s = max_retry_s
         self.silence_s = silence_s
+        self._tracer = tracer
 
     @property
     def stub(self) -> ingest_pb2_grpc.IngestServiceAsyncStub:
@@ -84,8 +104,8 @@ class VigilClient(Connected):
 
     async def submit(self, frame: Frame, *, wait_for: WaitFor = WaitFor.VERDICT) -> Result:
         """Send one frame and wait for its answer; errors come as the result's `error`."""
-        request = ingest_pb2.SubmitRequest(frame=convert.frame_message(frame), wait_for=convert.wait_for(wait_for))
-        flight = _InFlight(frame, time.monotonic())
+        flight = self._begin(frame)
+        request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=convert.wait_for(wait_for))
         while True:
             flight.attempts += 1
             try:
@@ -126,6 +146,14 @@ class VigilClient(Connected):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _begin(self, frame: Frame) -> _InFlight:
+        flight = _InFlight(frame, time.monotonic())
+        if self._tracer is not None:
+            from opentelemetry.trace import SpanKind  # noqa: PLC0415 - is there where a tracer is
+
+            flight.span = self._tracer.start_span("send frame", kind=SpanKind.CLIENT)
+        return flight
+
     def _too_late(self, flight: _InFlight, wait_s: float) -> bool:
         return time.monotonic() + wait_s - flight.first_sent_s > self.max_retry_s
 
@@ -160,7 +188,7 @@ class _StreamSession:
         """Take frames from the source as there is room for them."""
         async for frame in _as_async(frames):
             await self._room.acquire()
-            flight = _InFlight(frame, time.monotonic())
+            flight = self._client._begin(frame)  # noqa: SLF001 - same module
             if frame.frame_id in self._flights:
                 message = "this frame id is in flight already; give each frame its own"
                 self._results.put_nowait(flight.result(error=Failure("ALREADY_EXISTS", "FRAME_ID_REUSED", message)))
@@ -229,8 +257,7 @@ class _StreamSession:
                 if flight is None:
                     continue
                 flight.attempts += 1
-                message = convert.frame_message(flight.frame)
-                await call.write(ingest_pb2.StreamRequest(frame=message, wait_for=self._wait_for))
+                await call.write(ingest_pb2.StreamRequest(frame=flight.message(), wait_for=self._wait_for))
             await call.done_writing()
 
     def _answer(self, response: ingest_pb2.StreamResponse) -> None:

@@ -1,4 +1,4 @@
-"""How a process starts and stops: uvloop, signals, one stop event, metrics."""
+"""How a process starts and stops: uvloop, signals, one stop event, metrics, spans."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prometheus_client import start_http_server
 
 from vigil_common import logging
 from vigil_common.errors import VigilError
+from vigil_common.trace import traced
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,7 +39,8 @@ def run(service: str, main: Callable[[asyncio.Event], Awaitable[None]], *, log_l
         await main(stop)
 
     try:
-        uvloop.run(supervised())
+        with traced(service):
+            uvloop.run(supervised())
     except VigilError as error:
         # The last line, which Kubernetes keeps of a container that ended: the operator reads why from it.
         logging.get_logger().error("failed", reason=error.reason, status=error.status, detail=error.message)

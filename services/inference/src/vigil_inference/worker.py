@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 from prometheus_client import Counter, Histogram
 from vigil.types.v1 import types_pb2
+from vigil_common import trace
 from vigil_common.errors import InvalidInput, Unavailable, VigilError
 from vigil_common.grpc.errors import to_status
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Emission, FrameSource, QueuedFrame, Route, RoutingTable, sampled
-from vigil_common.trace import trace_id
 
 from vigil_inference import convert
 from vigil_inference.roles import Role
@@ -238,9 +238,10 @@ class Worker:
             else:
                 emission = await self._judged(role, frame, header, read_us=read_us, compared=compared)
         except DecodeError:
-            emission = self._failed(frame, header, InvalidInput("HEADER_UNREADABLE", "the frame's header is broken"))
+            broken = InvalidInput("HEADER_UNREADABLE", "the frame's header is broken")
+            emission = self._failed(role, frame, header, read_us, broken)
         except VigilError as error:
-            emission = self._failed(frame, header, error)
+            emission = self._failed(role, frame, header, read_us, error)
         except Exception as error:
             # The runtime failed on this frame: leave it to be delivered again, and to die after its last delivery.
             log.exception("run_failed", frame_id=header.frame_id, detail=str(error))
@@ -297,13 +298,41 @@ class Worker:
             label=types_pb2.Label.Name(found.label),
             duration_s=found.timing.total.ToTimedelta().total_seconds(),
         )
+        if trace.wanted(header.traceparent):
+            said: dict[str, str | float] = {
+                "vigil.score": judged.score,
+                "vigil.label": types_pb2.Label.Name(found.label).removeprefix("LABEL_").lower(),
+                "vigil.threshold": found.threshold,
+                "vigil.queue_s": found.timing.queue.ToMicroseconds() / 1e6,
+                "vigil.decode_s": judged.decode_s,
+                "vigil.inference_s": judged.inference_s,
+            }
+            self._record(role, header, read_us, said)
         if role is Role.CANDIDATE:
             return Emission(frame.entry_id, header.frame_id, shown, b"", header=frame.header)
         return Emission(frame.entry_id, header.frame_id, outcome, reply, compared=shown)
 
-    def _failed(self, frame: QueuedFrame, header: types_pb2.FrameHeader, error: VigilError) -> Emission:
+    def _record(
+        self, role: Role, header: types_pb2.FrameHeader, read_us: int, said: trace.Attributes, error: str = ""
+    ) -> None:
+        """The frame's span, from its reading until now."""
+        about: dict[str, str | int | float | bool] = {
+            "vigil.frame_id": header.frame_id,
+            "vigil.model": self._version.name,
+            "vigil.version": self._version.version,
+            "vigil.role": role.value,
+        }
+        trace.record(
+            "judge frame", header.traceparent, began_ns=read_us * 1000, attributes={**about, **said}, error=error
+        )
+
+    def _failed(
+        self, role: Role, frame: QueuedFrame, header: types_pb2.FrameHeader, read_us: int, error: VigilError
+    ) -> Emission:
         FRAMES.labels(error.reason.lower()).inc()
         log.info("frame_dead", **self._context(header), reason=error.reason)
+        if trace.wanted(header.traceparent):
+            self._record(role, header, read_us, {}, error.reason)
         data = types_pb2.Outcome(frame_id=header.frame_id, failure=to_status(error)).SerializeToString()
         return Emission(frame.entry_id, header.frame_id, data, data, error.reason, header=frame.header)
 
@@ -311,7 +340,7 @@ class Worker:
         """What every line on a frame says."""
         return {
             "frame_id": header.frame_id,
-            "trace_id": trace_id(header.traceparent),
+            "trace_id": trace.trace_id(header.traceparent),
             "model": self._version.name,
             "version": self._version.version,
         }

@@ -40,7 +40,7 @@ def _microseconds(time: Timestamp) -> int:
 
 
 def submission(frame: ingest_pb2.Frame, traceparent: str, client: str) -> Submission:
-    """The frame as the application takes it; without a trace of the call's it begins one."""
+    """The frame as the application takes it; without a valid trace context it begins a trace."""
     return Submission(
         frame_id=frame.frame_id,
         model=frame.model,

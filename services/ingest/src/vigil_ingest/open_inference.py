@@ -12,7 +12,7 @@ from open_inference import grpc_predict_v2_pb2 as oip
 from open_inference import grpc_predict_v2_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, NotFound, VigilError
-from vigil_common.trace import continued
+from vigil_common.trace import begin, continued
 
 from vigil_ingest.convert import DEFAULT_CAMERA, client, traceparent
 from vigil_ingest.domain import Submission
@@ -102,10 +102,27 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         self, request: oip.ModelInferRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> oip.ModelInferResponse:
         """Judge each image of the batch; one bad image fails the call with its reason."""
+        brought = traceparent(context)
+        span = begin("take frames", brought)
+        error = "ABORTED"
+        try:
+            response = await self._infer(request, context, span.traceparent if span else continued(brought))
+            error = ""
+        except VigilError as failure:
+            error = failure.reason
+            raise
+        finally:
+            if span is not None:
+                span.end({"vigil.model": request.model_name[:64], "vigil.request_id": request.id[:64]}, error=error)
+        return response
+
+    async def _infer(
+        self, request: oip.ModelInferRequest, context: grpc.aio.ServicerContext[Any, Any], trace: str
+    ) -> oip.ModelInferResponse:
         images = _images(request)
         wanted = [output.name for output in request.outputs]
         outputs = _options(request, wanted)
-        trace, who = continued(traceparent(context)), client(context)
+        who = client(context)
         base = request.id or str(uuid.uuid4())
         ids = [base] if len(images) == 1 else [f"{base}.{index}" for index in range(len(images))]
         frames = [

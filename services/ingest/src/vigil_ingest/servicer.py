@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil_common.errors import VigilError
 from vigil_common.logging import get_logger
-from vigil_common.trace import trace_id
+from vigil_common.trace import begin, trace_id
 
 from vigil_ingest import convert
 from vigil_ingest.app import FRAMES, Ingest
@@ -118,7 +118,9 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         """Whatever the frame, one response and one line in the log."""
         began = time.perf_counter()
         request = held.pop()  # so that who waits for a verdict holds no image
-        frame = convert.submission(request.frame, traceparent, client)
+        traceparent = request.frame.traceparent or traceparent
+        span = begin("take frame", traceparent)
+        frame = convert.submission(request.frame, span.traceparent if span else traceparent, client)
         wait = request.wait_for != ingest_pb2.WAIT_FOR_ACCEPTED
         version = 0
         try:
@@ -140,16 +142,21 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             what = error.reason.lower()
             response = convert.failed(frame.frame_id, error)
         FRAMES.labels(what).inc()
+        # What a client sends is cut before it is written down.
+        frame_id, model = frame.frame_id[:64], frame.model[:64]
         log.info(
             "frame",
             trace_id=trace_id(frame.traceparent),
-            # What a client sends is cut before it is written down.
-            frame_id=frame.frame_id[:64],
-            model=frame.model[:64],
+            frame_id=frame_id,
+            model=model,
             version=version,
             outcome=what,
             duration_s=round(time.perf_counter() - began, 6),
         )
+        if span is not None:
+            about = {"vigil.frame_id": frame_id, "vigil.model": model, "vigil.camera": frame.camera[:64]}
+            failed = "" if what in ("judged", "accepted") else what
+            span.end({**about, "vigil.version": version, "vigil.outcome": what}, error=failed)
         return response
 
 

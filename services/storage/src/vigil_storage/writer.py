@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from vigil_common import trace
 from vigil_common.errors import Conflict, InvalidInput, Unavailable
 from vigil_common.logging import get_logger
 from vigil_common.store.ports import Record, Written
@@ -198,6 +199,7 @@ class FrameWriter:
 
     async def _write_batch(self, todo: Sequence[tuple[QueuedOutcome, Record]], stop: asyncio.Event) -> None:
         pause_s = BACKOFF_S[0]
+        began_ns = time.time_ns()
         with metrics.WRITE_SECONDS.labels(self._model).time():
             while todo:
                 again: list[tuple[QueuedOutcome, Record]] = []
@@ -205,7 +207,7 @@ class FrameWriter:
                 results = await self._store.write([record for _, record in todo])
                 for (outcome, record), result in zip(todo, results, strict=True):
                     if isinstance(result, Written):
-                        self._keep_unconfirmed(outcome, record, result)
+                        self._keep_unconfirmed(outcome, record, result, began_ns)
                     elif not isinstance(result, Conflict | InvalidInput):
                         again.append((outcome, record))
                         waits = True
@@ -224,8 +226,12 @@ class FrameWriter:
                         return  # The queue still has them.
                     pause_s = min(pause_s * 2, BACKOFF_S[1])
 
-    def _keep_unconfirmed(self, outcome: QueuedOutcome, record: Record, written: Written) -> None:
+    def _keep_unconfirmed(self, outcome: QueuedOutcome, record: Record, written: Written, began_ns: int) -> None:
         self._count("existed" if written.existed else "written")
+        if trace.wanted(parent := record.labels.get("traceparent", "")):
+            about: dict[str, str | bool] = {"vigil.existed": written.existed}
+            about |= {f"vigil.{name}": record.labels[name] for name in ("frame_id", "model", "camera", "outcome")}
+            trace.record("store frame", parent, began_ns=began_ns, attributes=about)
         # Its image stays in the queue, not here.
         light = replace(outcome, outcome=b"", frame=replace(outcome.frame, image=b"") if outcome.frame else None)
         sha256 = record.labels["sha256"]

@@ -80,6 +80,7 @@ class Frame(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.str
     """1 to 64 letters, digits, dots, dashes, underscores or colons, and not a plain number; a UUIDv7 by custom. The
     same id with the same image may be sent again and is judged and stored once.
@@ -92,6 +93,8 @@ class Frame(_message.Message):
     """Absent: "default"."""
     image: _builtins.bytes
     """JPEG, PNG, BMP, TIFF or WebP, one image, within the limits on bytes and pixels."""
+    traceparent: _builtins.str
+    """W3C trace context that this frame belongs to. Absent: the call's metadata of the same name, else a new trace."""
     @_builtins.property
     def captured_at(self) -> _timestamp_pb2.Timestamp:
         """Absent: the time in a UUIDv7 frame id, else the time of receipt. Not before the year 2000, and at most five
@@ -117,10 +120,11 @@ class Frame(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         outputs: _types_pb2.OutputOptions | None = ...,
         image: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_model_version", b"_model_version", "captured_at", b"captured_at", "model_version", b"model_version", "outputs", b"outputs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_version", b"_model_version", "camera", b"camera", "captured_at", b"captured_at", "frame_id", b"frame_id", "image", b"image", "labels", b"labels", "model", b"model", "model_version", b"model_version", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model_version", b"_model_version", "camera", b"camera", "captured_at", b"captured_at", "frame_id", b"frame_id", "image", b"image", "labels", b"labels", "model", b"model", "model_version", b"model_version", "outputs", b"outputs", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__model_version: _TypeAlias = _typing.Literal["model_version"]  # noqa: Y015
     _WhichOneofArgType__model_version: _TypeAlias = _typing.Literal["_model_version", b"_model_version"]  # noqa: Y015
