@@ -174,6 +174,31 @@ def test_the_operator_asks_where_the_platform_is() -> None:
         assert (namespace, kind) == ("default", "svc") or namespace == "here"
 
 
+def test_spans_go_to_the_collector_and_the_policies_let_them() -> None:
+    values = CHARTS / "vigil" / "ci" / "full-values.yaml"
+    minimal = CHARTS / "vigil" / "ci" / "minimal-values.yaml"
+    senders = set()
+    for deployment in of_kind(values, "Deployment"):
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        env = {part["name"]: part.get("value", "") for part in container["env"]}
+        if "OTEL_EXPORTER_OTLP_ENDPOINT" in env:
+            senders.add(container["name"])
+            assert env["OTEL_EXPORTER_OTLP_ENDPOINT"] == "https://collector.monitoring.svc:4317"
+            assert (env["OTEL_TRACES_SAMPLER"], env["OTEL_TRACES_SAMPLER_ARG"]) == ("parentbased_traceidratio", "0.1")
+            assert Path(env["OTEL_EXPORTER_OTLP_CERTIFICATE"]).parent in {
+                Path(mount["mountPath"]) for mount in container["volumeMounts"]
+            }
+    assert senders == {"ingest", "storage"}
+    assert "OTEL" not in json.dumps(rendered(minimal))
+    monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    for policy in of_kind(values, "NetworkPolicy"):
+        part = policy["metadata"]["labels"]["app.kubernetes.io/component"]
+        out = policy["spec"].get("egress", ())
+        assert ({"to": [monitoring]} in out) is (part in senders), part
+    anywhere = helm("template", "vigil", str(CHARTS / "vigil"), "--set=otlp.endpoint=http://collector.obs:4317").stdout
+    assert anywhere.count("- ports: [{port: 4317}]") == len(senders)
+
+
 def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
     sources = "".join(
         path.read_text() for folder in ("services", "operator") for path in (CHARTS.parent / folder).rglob("*.py")
@@ -201,6 +226,8 @@ def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
         (("auth.enabled=true",), "Tokens without Secrets"),
         (("auth.enabled=true", "auth.tokensSecret=a", "auth.serviceTokenSecret=b"), "auth.enabled needs tls.enabled"),
         (("storage.retention.normalBytes=5",), "storage.retention.normalBytes is too small"),
+        (("otlp.endpoint=http://collector",), "/otlp/endpoint"),
+        (("otlp.endpoint=http://there:4317", "otlp.certificateFile=/a"), "for a collector at https://"),
         (("storage.confirmAfterSeconds=1",), "must be over reductstore.compactionIntervalSeconds"),
         (("ingest.autoscaling.enabled=true", "ingest.autoscaling.minReplicas=9"), "minReplicas is over maxReplicas"),
         (("valkey.enabled=false", "externalRedis.url=redis://user:secret@there:6379"), "/externalRedis/url"),

@@ -36,6 +36,8 @@ SECURE = replace(
     image_pull_secrets=("registry",),
     priority_class="vigil",
     operator_namespace="vigil-system",
+    otlp_endpoint="https://collector.monitoring.svc:4317",
+    otlp_certificate_file="/etc/vigil/tls/ca.crt",
     keda=True,
 )
 MINIMAL: dict[str, Any] = {"source": {"model": "cells", "version": "1"}}

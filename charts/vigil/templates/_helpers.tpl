@@ -198,6 +198,14 @@ spec:
           env:
             {{- include "vigil.env" .root | nindent 12 }}
             - {name: VIGIL_DRAIN_S, value: {{ .values.drainSeconds | quote }}}
+            {{- if and .root.Values.otlp.endpoint (has .component (list "ingest" "storage")) }}
+            - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .root.Values.otlp.endpoint | quote }}}
+            - {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
+            - {name: OTEL_TRACES_SAMPLER_ARG, value: {{ .root.Values.otlp.sampleRatio | quote }}}
+            {{- with .root.Values.otlp.certificateFile }}
+            - {name: OTEL_EXPORTER_OTLP_CERTIFICATE, value: {{ . | quote }}}
+            {{- end }}
+            {{- end }}
             {{- range $key, $value := .env }}
             - {name: VIGIL_{{ $key }}, value: {{ $value | toString | quote }}}
             {{- end }}

@@ -33,6 +33,8 @@ class Settings(SecuritySettings):
         worker_tokens_secret: A Secret there: `tokens.yaml`, who may call workers.
         worker_priority_class: Their PriorityClass.
         worker_log_level: Least level that they log.
+        worker_otlp_endpoint: Where they send their frames' spans; empty for nowhere.
+        worker_otlp_certificate_file: A file in them: the authority of that collector's certificate.
         log_level: Least level logged.
     """
 
@@ -56,6 +58,8 @@ class Settings(SecuritySettings):
     worker_tokens_secret: str = ""
     worker_priority_class: str = ""
     worker_log_level: str = "INFO"
+    worker_otlp_endpoint: str = ""
+    worker_otlp_certificate_file: str = ""
     log_level: str = "INFO"
 
     def workers(self, *, keda: bool) -> WorkerSettings:
@@ -74,6 +78,8 @@ class Settings(SecuritySettings):
             keda=keda,
             operator_namespace=self.operator_namespace,
             log_level=self.worker_log_level,
+            otlp_endpoint=self.worker_otlp_endpoint,
+            otlp_certificate_file=self.worker_otlp_certificate_file,
         )
 
 

@@ -54,6 +54,8 @@ class WorkerSettings:
         keda: Whether the cluster has KEDA.
         operator_namespace: Where the operator is, whose calls are let in.
         log_level: Least level logged.
+        otlp_endpoint: Where frames' spans go; empty for nowhere.
+        otlp_certificate_file: A file in the workers with that collector's authority; empty for the image's own.
     """
 
     image: str
@@ -69,6 +71,8 @@ class WorkerSettings:
     keda: bool = False
     operator_namespace: str = ""
     log_level: str = "INFO"
+    otlp_endpoint: str = ""
+    otlp_certificate_file: str = ""
 
 
 def short(digest: str) -> str:
@@ -187,6 +191,10 @@ def environment(resource: Resource, settings: WorkerSettings) -> dict[str, str]:
         values["VIGIL_REDIS_PASSWORD_FILE"] = f"{REDIS_FOLDER}/password"
         if settings.redis_url.startswith("rediss"):
             values["VIGIL_REDIS_CA_FILE"] = f"{REDIS_FOLDER}/ca.crt"
+    if settings.otlp_endpoint:
+        values["OTEL_EXPORTER_OTLP_ENDPOINT"] = settings.otlp_endpoint
+    if settings.otlp_certificate_file:
+        values["OTEL_EXPORTER_OTLP_CERTIFICATE"] = settings.otlp_certificate_file
     return values
 
 
@@ -388,9 +396,10 @@ def build_trigger_authentication(resource: Resource, settings: WorkerSettings) -
 
 
 def build_network_policy(resource: Resource, settings: WorkerSettings) -> Manifest:
-    """In: gRPC from the namespace and the operator's, metrics and probes from anywhere. Out: DNS, queue, storage."""
+    """In: gRPC from the namespace and the operator's, metrics and probes from all. Out: DNS, queue, storage, collector."""
     redis = urlsplit(settings.redis_url).port or 6379
     storage = int(settings.storage_address.rpartition(":")[2])
+    collector = urlsplit(settings.otlp_endpoint).port
     callers: list[Manifest] = [{"podSelector": {}}]
     if settings.operator_namespace:
         match = {"kubernetes.io/metadata.name": settings.operator_namespace}
@@ -402,7 +411,7 @@ def build_network_policy(resource: Resource, settings: WorkerSettings) -> Manife
         "ingress": [{"from": callers, "ports": [_port(GRPC_PORT)]}, {"ports": open_ports}],
         "egress": [
             {"ports": [_port(53, "UDP"), _port(53)]},
-            {"ports": [_port(redis), _port(storage)]},
+            {"ports": [_port(redis), _port(storage), *([_port(collector)] if collector else [])]},
         ],
     }
     return _object(resource, "networking.k8s.io/v1", "NetworkPolicy", service_name(resource), spec=spec)
