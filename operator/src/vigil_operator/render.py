@@ -396,7 +396,7 @@ def build_trigger_authentication(resource: Resource, settings: WorkerSettings) -
 
 
 def build_network_policy(resource: Resource, settings: WorkerSettings) -> Manifest:
-    """In: gRPC from the namespace and the operator's, metrics and probes from all. Out: DNS, queue, storage, collector."""
+    """In: gRPC from namespace and operator, metrics and probes from all. Out: DNS, queue, storage, collector."""
     redis = urlsplit(settings.redis_url).port or 6379
     storage = int(settings.storage_address.rpartition(":")[2])
     collector = urlsplit(settings.otlp_endpoint).port
