@@ -1,6 +1,7 @@
 """A real Kubernetes for trying and for tests, on a machine without a Docker engine.
 
     python -m tests.e2e.cluster light      etcd and the API server alone, as any user, until Ctrl-C
+    python -m tests.e2e.cluster fit        whether this machine can run a whole node; if not, why, and exit code 3
     python -m tests.e2e.cluster install    the node's Debian packages and programs (found, or built with Go)
     python -m tests.e2e.cluster up         start a whole node and wait until it is ready (root)
     python -m tests.e2e.cluster base       make the image that the services' Dockerfile starts from
@@ -21,14 +22,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.e2e.cluster import node, programs
+from tests.e2e.cluster import fitness, node, programs
 from tests.e2e.cluster.light import LightCluster
+
+UNFIT = 3
 
 
 def _light() -> None:
     with tempfile.TemporaryDirectory(prefix="vigil-light-") as folder, LightCluster(Path(folder)) as cluster:
         print(f"KUBECONFIG={cluster.kubeconfig}", flush=True)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+def _fit() -> None:
+    if missing := fitness.missing():
+        print("; ".join(missing))
+        sys.exit(UNFIT)
+    print("this machine can run a node")
 
 
 def _exec(command: list[str]) -> None:
@@ -39,26 +49,27 @@ def _exec(command: list[str]) -> None:
     os.execvp(full[0], full)  # noqa: S606 - the user's own command
 
 
+PLAIN = {
+    "light": _light,
+    "fit": _fit,
+    "install": node.install,
+    "up": node.up,
+    "base": node.make_base_image,
+    "status": node.status,
+    "down": node.down,
+}
+
+
 def main() -> None:
     match sys.argv[1:]:
-        case ["light"]:
-            _light()
-        case ["install"]:
-            node.install()
-        case ["up"]:
-            node.up()
-        case ["base"]:
-            node.make_base_image()
+        case [name] if name in PLAIN:
+            PLAIN[name]()
         case ["build", *arguments] if arguments:
             node.build_image(arguments)
         case ["load", *images] if images:
             node.load(images)
         case ["exec", *command] if command:
             _exec(command)
-        case ["status"]:
-            node.status()
-        case ["down"]:
-            node.down()
         case _:
             sys.exit(__doc__)
 

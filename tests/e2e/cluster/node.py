@@ -99,11 +99,16 @@ def _write(path: Path, text: str) -> Path:
 # --- programs and images
 
 
-def install() -> None:
-    """The Debian packages and every program."""
+def install_packages() -> None:
+    """The Debian packages."""
     if any(shutil.which(program) is None for program in NEEDED):
         _run("apt-get", "update", "-q")
         _run("apt-get", "install", "-y", "-q", "--no-install-recommends", *DEBIAN_PACKAGES)
+
+
+def install() -> None:
+    """The Debian packages and every program."""
+    install_packages()
     for program in ("nodebox", "coredns", "helm", "kubectl"):
         programs.ensure(program)
 
