@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ class FakePipeline:
         self.let.set()
         self.judged: list[bytes] = []
         self.running = 0
+        self.frame_s = 0.011
 
     async def judge(self, image: bytes, *, pictures: bool) -> Judged:
         self.running += 1
@@ -50,7 +52,7 @@ class FakePipeline:
             if image == b"broken":
                 raise RuntimeError("the runtime broke")
             found = np.full((8, 8), 0.9, dtype=np.float32) if pictures else None
-            return Judged(float(image), GREY if pictures else None, found, None, 0.001, 0.01)
+            return Judged(float(image), GREY if pictures else None, found, None, 0.001, self.frame_s - 0.001)
         finally:
             self.running -= 1
 
@@ -354,6 +356,21 @@ async def test_a_frame_that_others_left_is_taken_over() -> None:
     await bench.promote()
     async with working(bench):
         await bench.until(lambda: "f1" in bench.outcomes())
+
+
+async def test_a_frame_that_others_hold_is_left_to_them_for_as_long_as_this_model_takes() -> None:
+    bench = Bench(claim_idle_ms=30, prefetch=4)
+    bench.pipeline.frame_s = 0.05
+    await bench.admit("held")
+    await bench.streams.source(M, "slow").read(count=1, block_ms=0)
+    held = time.monotonic()
+    await bench.admit("ours")
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: "ours" in bench.outcomes())
+        await bench.until(lambda: "held" in bench.outcomes())
+    # A full hand of four takes 0.2 s, and four times that is patience enough.
+    assert time.monotonic() - held >= 0.75
 
 
 async def test_a_frame_that_always_breaks_the_run_dies_after_three_deliveries() -> None:

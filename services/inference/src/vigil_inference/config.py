@@ -28,7 +28,7 @@ class Settings(SecuritySettings):
         decoders: Decoding threads.
         cache_dir: Writable, for the extracted bundle.
         metrics_port: Prometheus metrics; 0 for none.
-        claim_idle_ms: Frames that another worker has held for longer are taken over.
+        claim_idle_ms: Frames that another worker has held for longer are taken over; later where the model is slow.
         max_image_pixels: Larger images are refused.
         log_level: Least level logged.
     """
@@ -50,6 +50,6 @@ class Settings(SecuritySettings):
     decoders: int = 1
     cache_dir: Path | None = None
     metrics_port: int = 9092
-    claim_idle_ms: int = 15_000
+    claim_idle_ms: int = 5_000
     max_image_pixels: int = 50_000_000
     log_level: str = "INFO"

@@ -51,6 +51,8 @@ EMIT_AT_MOST = 32
 # Verdicts that wait for Redis; past this, no more frames are taken.
 OUTBOX_AT_MOST = 128
 CLAIM_AT_MOST = 16
+# A frame that has been held for so many times what a full hand takes has been left.
+PATIENCE = 4
 MAX_DELIVERIES = 3
 DRAIN_S = 20.0
 
@@ -68,7 +70,8 @@ class Worker:
         version: Which version this is.
         default_threshold: The bundle's.
         prefetch: Most frames in hand.
-        claim_idle_ms: Frames that another consumer has held for longer are taken over.
+        claim_idle_ms: Frames that another consumer has held for longer are taken over; with a slow model later, for all
+            that a worker has in hand takes its time.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Worker:
         self._default_threshold = default_threshold
         self._thresholds = dict.fromkeys(Role, default_threshold)
         self._claim_idle_ms = claim_idle_ms
+        self._frame_s = 0.0  # the slowest of late
         self._prefetch = prefetch
         self._room = asyncio.Semaphore(prefetch)
         self._route: Route | None = None
@@ -214,7 +218,8 @@ class Worker:
         role = self._role
         if role is Role.IDLE:
             return
-        claimed = await self._sources[role].claim(min_idle_ms=self._claim_idle_ms, count=CLAIM_AT_MOST)
+        idle_ms = max(self._claim_idle_ms, int(PATIENCE * self._prefetch * self._frame_s * 1000))
+        claimed = await self._sources[role].claim(min_idle_ms=idle_ms, count=CLAIM_AT_MOST)
         # Our own, slow or waiting to be emitted; seen now, for they may be done by the time there is room.
         ours = self._in_hand.keys() | {(of, ready.entry_id) for of, ready in self._outbox}
         for frame in claimed:
@@ -271,6 +276,7 @@ class Worker:
         pictures = role is Role.LIVE and header.HasField("outputs") and convert.wants_pictures(header.outputs)
         judged = await self._pipeline.judge(frame.image, pictures=pictures or compared)
         INFERENCE.observe(judged.inference_s)
+        self._frame_s = max(self._frame_s * 0.99, judged.decode_s + judged.inference_s)
         found = convert.verdict(
             judged,
             frame_id=header.frame_id,

@@ -145,6 +145,8 @@ def connect(address: str, settings: SecuritySettings, *, server_name: str | None
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.lb_policy_name", "round_robin"),
+        # Pods that were replaced have other addresses; by itself gRPC asks for them again after 30 s.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     ]
     if server_name is not None:
         options.append(("grpc.ssl_target_name_override", server_name))
