@@ -1,11 +1,14 @@
 """Vigil beside what people would use instead: the same graph, images, cores and requests in flight, taking turns.
 
-    python -m tests.bench.peers.bench [--seconds 10] [--rounds 3] [--in-flight 1 8 64] [--peers ...] [--out DIR]
+    python -m tests.bench.peers.bench [--seconds 4] [--rounds 3] [--minutes 24] [--in-flight 1 8 64] [--peers ...]
 
 In each round every server runs alone, started for it, in an order that turns. Vigil logs each frame durably; the
-others keep nothing. Each peer lives in an environment that uv makes for its script; one that can't be had is left out,
-and said. Then each is killed under load: Vigil's worker and ingest, which are started again as Kubernetes would, and
-all processes of a peer. What was asked and got an error or no answer is lost; only Vigil's client asks again.
+others keep nothing. "vigil" runs the same f32 graph in ONNX Runtime as the peers do; "vigil-auto" what `engine: auto`
+takes of the variants that `vigil model optimise` makes. Each peer lives in an environment that uv makes for its script;
+one that can't be had, or does not come up in time, is named in the table with the reason. In the first round each is
+killed under load: Vigil's worker and ingest, which are started again as Kubernetes would, and all processes of a peer.
+What was asked and got an error or no answer is lost; only Vigil's client asks again. A round that would not end within
+the minutes is not begun, and what has been measured so far is written after each server.
 VIGIL_BENCH_EXPORT names folders with Anomalib exports, parted by ":"; the built-in trainer's model is always measured.
 """
 
@@ -23,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -31,14 +34,18 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import aiohttp
 import grpc
 import numpy as np
+import uvloop
 from open_inference import grpc_predict_v2_pb2 as v2
 from open_inference import grpc_predict_v2_pb2_grpc as v2_grpc
+from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil_cli.local.process import free_port
 from vigil_cli.local.stack import LocalStack
 from vigil_client import Frame, StorageClient, VigilClient
-from vigil_common.bundle import open_bundle
+from vigil_common.bundle import open_bundle, pack
 from vigil_common.streams.redis import RedisStreams
 from vigil_trainer import import_export, train
+from vigil_trainer.graphs import run_graphs
+from vigil_trainer.optimise import optimise
 
 from tests.bench.bench import CAMERAS, MODEL, drained
 from tests.support.cells import load_cells
@@ -46,10 +53,18 @@ from tests.support.cells import load_cells
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from vigil_common.bundle import Bundle
+
 HERE = Path(__file__).parent
 PEERS = ("mlserver", "litserve", "bentoml", "ray")
-START_S = 180.0
-ANSWER_S = 30.0
+INSTALL_S = 180.0
+START_S = 60.0
+ANSWER_S = 10.0
+# Variants are made of images that nothing else is measured with; of a slower model it would take minutes.
+CALIBRATION_IMAGES, MEASURED_IMAGES = 32, 100
+OPTIMISED_BELOW_MS = 60.0
+# Its daemons need neither a token on a loopback, nor the environment of the command that started them.
+RAY = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Target(Protocol):
@@ -105,49 +120,101 @@ def memory_mb(pids: list[int]) -> float:
     return total / 2**20
 
 
+def session(leader: int) -> list[int]:
+    """Every process of a session: also those whose parent has gone."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[3]) == leader:
+                found.append(int(path.parent.name))
+    return found
+
+
+class LeftOut(Exception):
+    """A peer can't be measured; the message says why."""
+
+
+async def installed(name: str) -> str:
+    """The interpreter of a peer's environment, made where it is missing."""
+    uv = shutil.which("uv") or "uv"
+    script = str(HERE / f"{name}_peer.py")
+    env = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+    for command in (["sync", "--quiet", "--script", script], ["python", "find", "--script", script]):
+        process = await asyncio.create_subprocess_exec(
+            uv, *command, env=env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            said, wrong = await asyncio.wait_for(process.communicate(), INSTALL_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise LeftOut(f"not installed within {INSTALL_S:.0f} s") from None
+        if process.returncode:
+            raise LeftOut(f"can't be installed: {wrong.decode().strip().rpartition(chr(10))[2]}")
+    return said.decode().strip()
+
+
 class Peer:
     """A peer's server, and how it is asked."""
 
-    def __init__(self, name: str, env: dict[str, str], log: Path) -> None:
+    def __init__(self, name: str, python: str, env: dict[str, str], log: Path) -> None:
         self.name = name
         self.version = ""
-        self._env = {**os.environ, **env, "PYTHONPATH": str(HERE)}
+        self._python = python
+        self._env = {**os.environ, **RAY, **env, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
         self._env.pop("VIRTUAL_ENV", None)
         self._log = log
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # some write where they stand
         self._port = free_port()
         self._process: asyncio.subprocess.Process | None = None
         self._session: aiohttp.ClientSession | None = None
         self._channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
-        await self._start()
+        try:
+            await self._start()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._disconnect()
-        self._kill()
+        await self.crash()
+        self._folder.cleanup()
 
     async def _start(self) -> None:
-        uv = shutil.which("uv") or "uv"
-        command = [uv, "run", "--no-project", "--script", str(HERE / f"{self.name}_peer.py"), str(self._port)]
+        command = [self._python, str(HERE / f"{self.name}_peer.py"), str(self._port)]
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *command, env=self._env, stdout=asyncio.subprocess.PIPE, stderr=log, start_new_session=True
+                *command,
+                env=self._env,
+                cwd=self._folder.name,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
             )
         assert self._process.stdout is not None
-        said = await asyncio.wait_for(self._process.stdout.readline(), START_S)
-        if not said.startswith(b"{"):
-            raise RuntimeError(f"{self.name} did not start, see {self._log}: {said!r}")
-        self.version = json.loads(said)["version"]
-        self._draining = asyncio.create_task(self._process.stdout.read())
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_S))
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self._port}")
-        deadline = time.monotonic() + START_S
-        image = load_cells().normal[0]
-        while not await self.ask(image):
-            if time.monotonic() > deadline or self._process.returncode is not None:
-                raise RuntimeError(f"{self.name} did not come up, see {self._log}")
-            await asyncio.sleep(0.2)
+        try:
+            async with asyncio.timeout(START_S):
+                said = await self._process.stdout.readline()
+                if not said.startswith(b"{"):
+                    raise LeftOut(f"did not start: {self._last_words()}")
+                self.version = json.loads(said)["version"]
+                self._draining = asyncio.create_task(self._process.stdout.read())
+                self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_S))
+                self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{self._port}")
+                image = load_cells().normal[0]
+                while not await self.ask(image):
+                    if self._process.returncode is not None:
+                        raise LeftOut(f"ended with {self._process.returncode}: {self._last_words()}")
+                    await asyncio.sleep(0.2)
+        except TimeoutError:
+            raise LeftOut(f"did not come up within {START_S:.0f} s: {self._last_words()}") from None
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else "it said nothing"
 
     async def _disconnect(self) -> None:
         if self._session is not None:
@@ -156,16 +223,17 @@ class Peer:
             await self._channel.close()
 
     def pids(self) -> list[int]:
-        return tree(self._process.pid) if self._process is not None else []
-
-    def _kill(self) -> None:
-        for pid in reversed(self.pids()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self._process is None:
+            return []
+        leader = self._process.pid
+        return list({*tree(leader), *(one for pid in session(leader) for one in tree(pid))})
 
     async def crash(self) -> None:
-        self._kill()
-        assert self._process is not None
+        if self._process is None:
+            return
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         await self._process.wait()
 
     async def ask(self, image: bytes) -> bool:
@@ -225,11 +293,10 @@ def turning(images: list[bytes]) -> Iterator[bytes]:
 class Vigil:
     """The whole platform, every frame through its queue and into the store."""
 
-    name = "vigil"
-    version = "this tree"
-
-    def __init__(self, bundle: bytes, folder: Path) -> None:
+    def __init__(self, bundle: bytes, folder: Path, engine: str) -> None:
+        self.version = "this tree"
         self._bundle = bundle
+        self._engine = engine
         self._stack = LocalStack(folder, log_level="WARNING")
         self._streams: RedisStreams | None = None
         self._worker = ""
@@ -241,8 +308,15 @@ class Vigil:
         self._streams = await RedisStreams.connect(self._stack.redis_url)
         await self._streams.routing.promote(MODEL, version=model.version, digest=model.digest, threshold=None)
         await self._stack.stop("shadow")  # nothing is compared here
-        self._worker = await self._stack.add_worker(MODEL, model.version)
+        self._worker = await self._stack.add_worker(MODEL, model.version, ENGINE=self._engine)
+        described = await self._describe()
+        self.version = f"this tree, {described.artefact}"
         return self
+
+    async def _describe(self) -> inference_pb2.DescribeResponse:
+        async with grpc.aio.insecure_channel(self._stack.worker_addresses[self._worker]) as channel:
+            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+            return await stub.Describe(inference_pb2.DescribeRequest())
 
     async def __aexit__(self, *_: object) -> None:
         if self._streams is not None:
@@ -284,14 +358,15 @@ class Vigil:
         return found
 
 
-async def measure(target: Any, images: list[bytes], options: argparse.Namespace) -> dict[str, Any]:
+async def measure(target: Any, images: list[bytes], options: argparse.Namespace, *, crash: bool) -> dict[str, Any]:
     """Each number in flight, then a crash under load."""
     found: dict[str, Any] = {"version": target.version}
-    await target.load(images, 4, 2.0)
+    await target.load(images, 4, 1.0)
     for in_flight in options.in_flight:
         pids = target.pids()
-        before, own = cpu_s(pids), time.process_time()
+        before, own, began = cpu_s(pids), time.process_time(), time.monotonic()
         load = await target.load(images, in_flight, options.seconds)
+        own = time.process_time() - own
         if isinstance(target, Vigil):
             await target.settle()  # its cost is part of what was asked
         done = max(1, len(load.latencies_ms))
@@ -301,77 +376,202 @@ async def measure(target: Any, images: list[bytes], options: argparse.Namespace)
             "p50_ms": float(p50),
             "p99_ms": float(p99),
             "cpu_ms": (cpu_s(pids) - before) / done * 1000,
-            "client_cpu_ms": (time.process_time() - own) / done * 1000,
+            "client_cpu_ms": own / done * 1000,
             "memory_mb": memory_mb(target.pids()),
             "frames": len(load.latencies_ms),
             "errors": load.lost,
+            "until_all_stored_s": time.monotonic() - began,
         }
-    under_load = asyncio.create_task(target.load(images, 64, 3.0))
-    await asyncio.sleep(1.0)
-    await target.crash()
-    found["lost_when_killed"] = (await under_load).lost
+    if crash:
+        under_load = asyncio.create_task(target.load(images, 64, 3.0))
+        await asyncio.sleep(1.0)
+        await target.crash()
+        found["lost_when_killed"] = (await under_load).lost
     return found
 
 
 def merged(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds."""
     first = rounds[0]
-    result: dict[str, Any] = {"version": first["version"]}
-    result["lost_when_killed"] = [one["lost_when_killed"] for one in rounds]
+    result: dict[str, Any] = {"version": first["version"], "rounds": len(rounds)}
+    result["lost_when_killed"] = first["lost_when_killed"]
     for in_flight in (key for key in first if key.isdigit()):
         result[in_flight] = {key: statistics.median(one[in_flight][key] for one in rounds) for key in first[in_flight]}
     return result
 
 
-async def compare(name: str, bundle: bytes, options: argparse.Namespace) -> dict[str, Any]:
-    """All on one model."""
-    images = load_cells().test_images
-    opened = open_bundle(bundle)
-    manifest = opened.manifest
-    rounds: dict[str, list[dict[str, Any]]] = {}
-    left_out: dict[str, str] = {}
-    names = ["vigil", *options.peers]
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        opened.extract(folder)
-        env = {
+class Comparison:
+    """All servers on one model, round by round.
+
+    Args:
+        name: The model's.
+        bundle: Its bundle.
+        faster: The same with variants; None where they would take too long to make.
+        pythons: Each peer's interpreter.
+        left_out: Peers that can't be had, and why.
+        folder: For what is extracted and stored.
+        options: The command line's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bundle: Bundle,
+        faster: bytes | None,
+        *,
+        pythons: dict[str, str],
+        left_out: dict[str, str],
+        folder: Path,
+        options: argparse.Namespace,
+    ) -> None:
+        self._name = name
+        self._bundle = bundle
+        self._pythons = pythons
+        self._left_out = dict(left_out)
+        self._folder = folder
+        self._options = options
+        self._rounds: dict[str, list[dict[str, Any]]] = {}
+        self._bundles = {"vigil": pack(bundle.manifest, bundle.files), **({"vigil-auto": faster} if faster else {})}
+        self._names = [*self._bundles, *pythons]
+        bundle.extract(folder)
+        manifest = bundle.manifest
+        self._env = {
             "PEER_MODEL": str(folder / manifest.artefacts["onnxruntime"].path),
             "PEER_INPUT": manifest.input.name,
             "PEER_SCORE": manifest.outputs.score,
             "PEER_BATCH": str(manifest.fixed_batch or 1),
         }
+
+    def turn(self, number: int) -> list[str]:
+        """Who runs in which order in a round."""
+        turn = number % len(self._names)
+        return self._names[turn:] + self._names[:turn]
+
+    async def measure(self, one: str, number: int) -> None:
+        """One server in one round."""
+        if one in self._left_out:
+            return
+        target: Any
+        if one in self._bundles:
+            engine = "auto" if one == "vigil-auto" else "onnxruntime"
+            target = Vigil(self._bundles[one], self._folder / f"{one}-{number}", engine)
+        else:
+            target = Peer(one, self._pythons[one], self._env, self._options.out / f"{one}.log")
+        began = time.monotonic()
+        try:
+            async with target:
+                up_s = time.monotonic() - began
+                found = await measure(target, load_cells().test_images, self._options, crash=number == 0)
+        except LeftOut as error:
+            # One that was measured before keeps what it has.
+            self._left_out[one] = str(error)
+            print(f"{self._name}: {one} is left out: {error}", flush=True)
+            return
+        self._rounds.setdefault(one, []).append(found)
+        rates = ", ".join(f"{key}: {found[key]['per_s']:.1f}/s" for key in found if key.isdigit())
+        lost = f", lost when killed {found['lost_when_killed']}" if "lost_when_killed" in found else ""
+        took = f"up in {up_s:.0f} s, {time.monotonic() - began:.0f} s in all"
+        print(f"{self._name} round {number + 1} {one}: {rates}{lost} ({took})", flush=True)
+
+    def result(self) -> dict[str, Any]:
+        """What was measured so far."""
+        targets = {one: merged(self._rounds[one]) for one in [*self._names] if one in self._rounds}
+        return {"model": self._name, "left_out": self._left_out, "targets": targets}
+
+
+def load_models() -> dict[str, Bundle]:
+    """The built-in trainer's, and the exports named."""
+    models = {"built-in": train(load_cells().train[:100], name=MODEL).bundle}
+    for export in filter(None, os.environ.get("VIGIL_BENCH_EXPORT", "").split(os.pathsep)):
+        models[Path(export).name] = import_export(Path(export), name=MODEL)
+    return {name: open_bundle(bundle) for name, bundle in models.items()}
+
+
+def with_variants(name: str, bundle: Bundle) -> tuple[bytes | None, list[dict[str, Any]]]:
+    """The bundle with what `vigil model optimise` makes, and what it measured; None for a model that is too slow."""
+    cells = load_cells()
+    began = [time.monotonic() for _ in run_graphs(bundle.manifest, bundle.files, "onnxruntime", cells.train[:5])]
+    if min(np.diff(began)) * 1000 > OPTIMISED_BELOW_MS:
+        return None, []
+    made = optimise(
+        bundle,
+        calibration=cells.train[-CALIBRATION_IMAGES:],
+        normal=cells.normal[:MEASURED_IMAGES],
+        anomalous=cells.defective[:MEASURED_IMAGES],
+    )
+    for one in made.measured:
+        area = "-" if one.auroc is None else f"{one.auroc:.4f}"
+        refused = f", refused: {one.refused}" if one.refused else ""
+        print(f"{name}: {one.name} {one.run_ms:.2f} ms, AUROC {area}, {one.flips} flips{refused}", flush=True)
+    return made.bundle, [asdict(one) for one in made.measured]
+
+
+async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Everything, within the minutes given."""
+    began = time.monotonic()
+    pythons: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for name in options.peers:
+        try:
+            pythons[name] = await installed(name)
+        except LeftOut as error:
+            left_out[name] = str(error)
+            print(f"{name} is left out: {error}", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        comparisons, variants = [], []
+        for name, bundle in load_models().items():
+            faster, measured = await asyncio.to_thread(with_variants, name, bundle)
+            folder = Path(place) / name
+            folder.mkdir()
+            comparison = Comparison(
+                name, bundle, faster, pythons=pythons, left_out=left_out, folder=folder, options=options
+            )
+            comparisons.append(comparison)
+            variants.append(measured)
+        longest_s = 0.0
         for number in range(options.rounds):
-            turn = number % len(names)
-            for one in names[turn:] + names[:turn]:
-                if one in left_out:
-                    continue
-                target: Any
-                if one == "vigil":
-                    target = Vigil(bundle, folder / f"stack-{number}")
-                else:
-                    target = Peer(one, env, options.out / f"{one}.log")
-                try:
-                    async with target:
-                        found = await measure(target, images, options)
-                except (RuntimeError, TimeoutError) as error:
-                    if one == "vigil":
-                        raise
-                    left_out[one] = str(error) or type(error).__name__
-                    print(f"{one} is left out: {left_out[one]}")
-                    continue
-                rounds.setdefault(one, []).append(found)
-                rates = ", ".join(f"{key}: {found[key]['per_s']:.1f}/s" for key in found if key.isdigit())
-                lost = found["lost_when_killed"]
-                print(f"{name} round {number + 1} {one}: {rates}, lost when killed {lost}", flush=True)
-    return {"model": name, "left_out": left_out, "targets": {one: merged(found) for one, found in rounds.items()}}
+            round_began = time.monotonic()
+            if round_began - began + longest_s > options.minutes * 60:
+                print(f"{number} rounds fitted into {options.minutes:g} minutes", flush=True)
+                break
+            for comparison in comparisons:
+                for one in comparison.turn(number):
+                    await comparison.measure(one, number)
+                    results = [
+                        {**each.result(), "variants": made} for each, made in zip(comparisons, variants, strict=True)
+                    ]
+                    write(results, options, time.monotonic() - began)
+            longest_s = max(longest_s, time.monotonic() - round_began)
+    return results
+
+
+def write(results: list[dict[str, Any]], options: argparse.Namespace, took_s: float) -> dict[str, Any]:
+    """The JSON."""
+    made = {
+        "at": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "load_average": os.getloadavg()[0],
+        "python": sys.version.partition(" ")[0],
+        "seconds": options.seconds,
+        "took_s": round(took_s),
+        "results": results,
+    }
+    (options.out / "peers.json").write_text(json.dumps(made, indent=2))
+    return made
+
+
+def cpu_name() -> str:
+    """As the kernel calls it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line per server and number in flight."""
-    lines = [
-        f"| {result['model']} | in flight | images/s | p50 ms | p99 ms | CPU ms | client's | MB | lost when killed |"
-    ]
-    lines.append("| --- | " + "--- | " * 8)
+    """A line per server and number in flight, and per peer that is left out."""
+    heads = ("in flight", "images/s", "p50 ms", "p99 ms", "CPU ms", "client's", "MB", "lost when killed")
+    lines = [f"| {result['model']} | {' | '.join(heads)} |", "| --- " * (len(heads) + 1) + "|"]
     for name, found in result["targets"].items():
         for key in (key for key in found if key.isdigit()):
             one = found[key]
@@ -379,8 +579,9 @@ def table(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} {found['version']} | {key} | {one['per_s']:.1f} | {latency} | "
                 f"{one['cpu_ms']:.1f} | {one['client_cpu_ms']:.1f} | {one['memory_mb']:.0f} | "
-                f"{'/'.join(str(lost) for lost in found['lost_when_killed'])} |"
+                f"{found['lost_when_killed']} |"
             )
+    lines += [f"| {name} | left out: {reason} |" for name, reason in result["left_out"].items()]
     return "\n".join(lines)
 
 
@@ -401,45 +602,59 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def last_line(results: list[dict[str, Any]], most: str, least: str) -> str:
-    """The best peer by throughput with the first model; ratios of Vigil to it."""
-    targets = results[0]["targets"]
-    peers = {name: found for name, found in targets.items() if name != "vigil"}
+def ratios(result: dict[str, Any], most: str, least: str) -> tuple[str, float, float, float] | None:
+    """The best peer with this model; by how much Vigil, and with its variants, is faster; its p99 over the least."""
+    targets = result["targets"]
+    peers = {name: found for name, found in targets.items() if name in PEERS}
     if not peers:
-        return "peers: none could be had"
+        return None
     best = max(peers, key=lambda name: float(peers[name][most]["per_s"]))
+    rate = peers[best][most]["per_s"]
     quickest = min(float(found[least]["p99_ms"]) for found in peers.values())
-    throughput = targets["vigil"][most]["per_s"] / peers[best][most]["per_s"]
-    p99 = targets["vigil"][least]["p99_ms"] / quickest
-    return f"peers: best={best} throughput_vs_best={throughput:.2f} p99_vs_best={p99:.2f}"
+    auto = targets.get("vigil-auto", targets["vigil"])
+    return (
+        best,
+        targets["vigil"][most]["per_s"] / rate,
+        auto[most]["per_s"] / rate,
+        (targets["vigil"][least]["p99_ms"] / quickest),
+    )
+
+
+def last_line(results: list[dict[str, Any]], most: str, least: str) -> str:
+    """Throughput and p99 with the first model, variants with the second: the first has little to gain by them."""
+    first = ratios(results[0], most, least)
+    second = ratios(results[min(1, len(results) - 1)], most, least)
+    if first is None or second is None:
+        return "peers: none could be had"
+    best, throughput, _, p99 = first
+    return f"peers: best={best} throughput_vs_best={throughput:.2f} auto_vs_best={second[2]:.2f} p99_vs_best={p99:.2f}"
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=24)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--out", type=Path, default=Path("out/bench-peers"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    models = {"built-in": train(load_cells().train[:100], name=MODEL).bundle}
-    for export in filter(None, os.environ.get("VIGIL_BENCH_EXPORT", "").split(os.pathsep)):
-        models[Path(export).name] = import_export(Path(export), name=MODEL)
-    results = [asyncio.run(compare(name, bundle, options)) for name, bundle in models.items()]
-    made = {
-        "at": datetime.now(UTC).isoformat(timespec="minutes"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "python": sys.version.partition(" ")[0],
-        "results": results,
-    }
-    (options.out / "peers.json").write_text(json.dumps(made, indent=2))
+    began = time.monotonic()
+    results = uvloop.run(run(options))
     plot(results, options.out / "peers.png")
+    made = write(results, options, time.monotonic() - began)
+    most, least = str(max(options.in_flight)), str(min(options.in_flight))
     for result in results:
         print(table(result))
-    print(f"{made['at']}, {made['machine']}; details in {options.out}/peers.json")
-    print(last_line(results, str(max(options.in_flight)), str(min(options.in_flight))))
+        if found := ratios(result, most, least):
+            best, throughput, auto, p99 = found
+            print(
+                f"{result['model']}: {throughput:.2f} of {best} at {most}, auto {auto:.2f}, p99 at {least} {p99:.2f}\n"
+            )
+    print(f"{made['at']}, {made['machine']}, {made['took_s']} s; details in {options.out}/peers.json, peers.png")
+    print(last_line(results, most, least))
 
 
 if __name__ == "__main__":
