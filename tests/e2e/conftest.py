@@ -23,12 +23,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # `make e2e` says so: these tests take minutes, and a machine of their own.
-collect_ignore = [] if os.environ.get("VIGIL_E2E") else ["test_platform.py"]
+collect_ignore = [] if os.environ.get("VIGIL_E2E") else ["test_platform.py", "test_values.py"]
 
 TAG = os.environ.get("VIGIL_E2E_TAG", "e2e")
 NEXT_TAG = f"{TAG}-next"
 REGISTRY = os.environ.get("VIGIL_E2E_REGISTRY", "localhost")
 OWN = "KUBECONFIG" not in os.environ
+
+
+def image_settings(tag: str = TAG) -> list[str]:
+    """Values that name the chart's images: ours, and on the own node its stand-ins for Valkey's and ReductStore's."""
+    chosen = [f"image.registry={REGISTRY}", f"image.tag={tag}"]
+    if OWN:
+        for name in ("valkey", "reductstore"):
+            chosen += [f"{name}.image.repository=localhost/vigil/{name}", f"{name}.image.tag={TAG}"]
+    return chosen
 
 
 def _build_images() -> None:
@@ -44,7 +53,7 @@ def _build_images() -> None:
         image = f"localhost/vigil/{name}:{TAG}"
         node.build_image(["--quiet", "-f", str(ROOT / f"tests/e2e/images/{name}.Dockerfile"), "-t", image, str(folder)])
         images.append(image)
-    for name in ("ingest", "storage", "shadow", "review"):
+    for name in ("ingest", "storage", "shadow", "review", "operator", "inference"):
         following = f"localhost/vigil/{name}:{NEXT_TAG}"
         subprocess.run(["buildah", "tag", f"localhost/vigil/{name}:{TAG}", following], check=True)
         images.append(following)

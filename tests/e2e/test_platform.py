@@ -12,8 +12,8 @@ import pytest
 from vigil_cli.demo_shadow import inverted
 from vigil_trainer import train
 
-from tests.e2e.conftest import NEXT_TAG, OWN, REGISTRY, TAG
-from tests.e2e.tools import ROOT, ClientPod, Cluster, certificates, check_account, say, wait_until
+from tests.e2e.conftest import NEXT_TAG, OWN, REGISTRY, TAG, image_settings
+from tests.e2e.tools import ROOT, ClientPod, Cluster, certificates, check_account, restricted, say, secret, wait_until
 from tests.support.cells import load_cells
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAMESPACE, RELEASE, MODEL = "vigil-e2e", "vigil", "cells"
-RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 MEMORY_LIMIT_MB = 700
 # A frame of the built-in model takes some 20 ms of one core, and two cores are shared by all.
 RATE = 10.0
@@ -38,15 +37,11 @@ class Platform:
     def install(self, *settings: str, tag: str = TAG, operator: Sequence[str] = ()) -> float:
         """Both charts, or what changed in them; seconds until all is ready."""
         started = time.monotonic()
-        images = [f"image.registry={REGISTRY}", f"image.tag={tag}"]
-        if OWN:
-            for name in ("valkey", "reductstore"):
-                images += [f"{name}.image.repository=localhost/vigil/{name}", f"{name}.image.tag={TAG}"]
         common = ("upgrade", "--install", "--namespace", NAMESPACE, "--wait", "--timeout", "150s")
         sizes = ["valkey.persistence.size=1Gi", "reductstore.persistence.size=2Gi", "valkey.maxmemory=512mb"]
-        chosen = [f"--set={value}" for value in (*images, *sizes, *settings)]
+        chosen = [f"--set={value}" for value in (*image_settings(tag), *sizes, *settings)]
         self.cluster.helm(*common, RELEASE, str(ROOT / "charts/vigil"), *chosen)
-        chosen = [f"--set={value}" for value in (f"image.registry={REGISTRY}", f"image.tag={TAG}", *operator)]
+        chosen = [f"--set={value}" for value in (f"image.registry={REGISTRY}", f"image.tag={tag}", *operator)]
         self.cluster.helm(*common, f"{RELEASE}-operator", str(ROOT / "charts/vigil-operator"), *chosen)
         return time.monotonic() - started
 
@@ -117,17 +112,10 @@ class Platform:
         say(self.client.run("vigil", "model", "publish", f"/data/{name}").strip().splitlines()[-1])
 
 
-def secret(name: str, values: Mapping[str, str]) -> dict[str, Any]:
-    """A Secret of the namespace."""
-    metadata = {"name": name, "namespace": NAMESPACE}
-    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": dict(values)}
-
-
 @pytest.fixture(scope="module")
 def platform(cluster: Cluster) -> Platform:
     """In a namespace of its own that only takes restricted pods."""
-    metadata = {"name": NAMESPACE, "labels": RESTRICTED}
-    cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
+    cluster.apply(restricted(NAMESPACE))
     return Platform(cluster)
 
 
@@ -280,9 +268,16 @@ def test_an_upgrade_under_load_loses_nothing(platform: Platform) -> None:
     # Given a running stream
     stream = platform.client.stream(MODEL, count=100_000, rate=RATE)
     stream.wait_for_answers(20)
-    # when values and image tag change
+    # when values and image tag change, of the platform, the operator and the workers
     seconds = platform.install("storage.batchSize=16", "ingest.window=128", tag=NEXT_TAG)
-    images = {pod["spec"]["containers"][0]["image"] for pod in platform.pods("app.kubernetes.io/name=vigil")}
+    workers = f"vigil.dev/anomalymodel={MODEL}"
+
+    def rolled() -> bool:
+        images = {pod["spec"]["containers"][0]["image"] for pod in platform.pods(workers)}
+        return images == {f"{REGISTRY}/vigil/inference:{NEXT_TAG}"} and platform.ready(workers) == 1
+
+    wait_until("workers of the next version", rolled)
+    images = {pod["spec"]["containers"][0]["image"] for pod in platform.pods("app.kubernetes.io/part-of=vigil")}
     say(f"upgraded in {seconds:.0f} s; images {', '.join(sorted(images))}")
     assert f"{REGISTRY}/vigil/ingest:{NEXT_TAG}" in images
     assert f"{REGISTRY}/vigil/ingest:{TAG}" not in images
@@ -326,12 +321,12 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
         for (name, token), roles in zip(tokens.items(), (["serve"], ["admin"]), strict=True)
     ]
     platform.cluster.apply(
-        secret("vigil-tls", files),
-        secret("vigil-redis", {"password": secrets.token_hex(16), "ca.crt": files["ca.crt"]}),
-        secret("vigil-reduct", {"token": secrets.token_hex(16)}),
-        secret("vigil-tokens", {"tokens.yaml": json.dumps({"tokens": known})}),
-        secret("vigil-service-token", {"token": tokens["service"]}),
-        secret("vigil-client-token", {"token": tokens["client"]}),
+        secret(NAMESPACE, "vigil-tls", files),
+        secret(NAMESPACE, "vigil-redis", {"password": secrets.token_hex(16), "ca.crt": files["ca.crt"]}),
+        secret(NAMESPACE, "vigil-reduct", {"token": secrets.token_hex(16)}),
+        secret(NAMESPACE, "vigil-tokens", {"tokens.yaml": json.dumps({"tokens": known})}),
+        secret(NAMESPACE, "vigil-service-token", {"token": tokens["service"]}),
+        secret(NAMESPACE, "vigil-client-token", {"token": tokens["client"]}),
     )
     # when everything is installed with them, on the volume of images and without that of the queue
     platform.cluster.helm("uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "120s")

@@ -236,6 +236,18 @@ def check_account(client: ClientPod, model: str, account: Mapping[str, Any], *, 
     assert settled["dead"] == 0
 
 
+def restricted(namespace: str) -> dict[str, Any]:
+    """A Namespace that takes restricted pods alone."""
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}}
+
+
+def secret(namespace: str, name: str, values: Mapping[str, str]) -> dict[str, Any]:
+    """A Secret."""
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": dict(values)}
+
+
 def certificates(folder: Path, hosts: Sequence[str]) -> dict[str, str]:
     """`tls.crt` and `tls.key` for these hosts, of an authority made for them alone, and its `ca.crt`."""
     folder.mkdir()

@@ -288,4 +288,6 @@ spec:
 - {{ $host }}.{{ $.Release.Namespace }}.svc
 - {{ $host }}.{{ $.Release.Namespace }}.svc.cluster.local
 {{- end }}
+{{- /* For kubectl port-forward. */}}
+- localhost
 {{- end }}
