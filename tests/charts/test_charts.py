@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from functools import lru_cache
 from pathlib import Path
@@ -136,6 +137,20 @@ def test_queue_and_store_volumes_outlive_the_release() -> None:
         assert part["spec"]["persistentVolumeClaimRetentionPolicy"]["whenDeleted"] == "Retain"
 
 
+def test_a_new_chart_restarts_neither_queue_nor_store(tmp_path: Path) -> None:
+    chart = shutil.copytree(CHARTS / "vigil", tmp_path / "vigil")
+    about = yaml.safe_load((chart / "Chart.yaml").read_text())
+    (chart / "Chart.yaml").write_text(yaml.safe_dump({**about, "version": "9.9.9", "appVersion": "9.9.9"}))
+    before = CHARTS / "vigil" / "ci" / "minimal-values.yaml"
+    after = chart / "ci" / "minimal-values.yaml"
+    for old, new in zip(of_kind(before, "StatefulSet"), of_kind(after, "StatefulSet"), strict=True):
+        assert old["spec"] == new["spec"]
+        assert old != new
+    # What has a new image is started anew all the same.
+    old, new = (of_kind(values, "Deployment")[0]["spec"]["template"] for values in (before, after))
+    assert old != new
+
+
 def test_the_definition_outlives_the_release() -> None:
     (definition,) = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "CustomResourceDefinition")
     assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
@@ -152,8 +167,12 @@ def test_the_operator_may_only_what_it_does() -> None:
     assert all("*" not in rule["verbs"] + rule["resources"] + rule["apiGroups"] for rule in role["rules"])
     # In some namespaces only, it has no rights in the cluster.
     namespaced = CHARTS / "vigil-operator" / "ci" / "full-values.yaml"
-    assert not of_kind(namespaced, "ClusterRoleBinding")
-    assert {part["metadata"]["namespace"] for part in of_kind(namespaced, "Role")} == {"line-1", "line-2"}
+    # Beyond its namespaces it sees who else leads, and nothing more.
+    (binding,) = of_kind(namespaced, "ClusterRoleBinding")
+    (seen,) = [r for r in of_kind(namespaced, "ClusterRole") if r["metadata"]["name"] == binding["roleRef"]["name"]]
+    assert seen["rules"] == [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["list"]}]
+    places = {part["metadata"].get("namespace") for part in of_kind(namespaced, "Role")}
+    assert places == {"line-1", "line-2", None}
 
 
 def test_the_operator_asks_where_the_platform_is() -> None:

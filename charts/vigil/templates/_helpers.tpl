@@ -19,15 +19,20 @@ app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
-{{- define "vigil.labels" -}}
+{{/* Without versions: a new chart must not restart the pods of Valkey and ReductStore, which everybody waits for. */}}
+{{- define "vigil.lastingLabels" -}}
 {{ include "vigil.selector" . }}
 app.kubernetes.io/part-of: vigil
-app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- with .root.Values.commonLabels }}
 {{ toYaml . }}
 {{- end }}
+{{- end }}
+
+{{- define "vigil.labels" -}}
+{{ include "vigil.lastingLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end }}
 
 {{- define "vigil.image" -}}
