@@ -48,6 +48,21 @@ async def test_a_frame_reaches_one_worker_with_its_bytes_untouched(streams: Stre
     assert await second.read(count=10, block_ms=10) == []
 
 
+async def test_what_part_of_the_normal_frames_is_kept_goes_with_the_route_and_changes_no_generation(
+    streams: Streams,
+) -> None:
+    assert await streams.routing.kept_fraction(M) is None
+    route = await streams.routing.write(M, live=Live(1, "sha256:a"))
+    await streams.routing.keep_fraction(M, 0.05)
+    assert await streams.routing.kept_fraction(M) == 0.05
+    assert await streams.routing.get(M) == route
+    await streams.routing.keep_fraction(M, None)
+    assert await streams.routing.kept_fraction(M) is None
+    await streams.routing.keep_fraction(M, 0.0)
+    await streams.routing.remove(M)
+    assert await streams.routing.kept_fraction(M) is None
+
+
 async def test_one_of_two_holders_emits_and_the_other_is_told(streams: Streams) -> None:
     await admit(streams, "f1", to="replica")
     first, second = streams.source(M, "a"), streams.source(M, "b")

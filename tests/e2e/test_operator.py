@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import re
@@ -214,6 +215,50 @@ async def test_an_operator_killed_at_any_moment_goes_on(world: Kube) -> None:
         await world.until("cells", partial(_is_live, version), f"live with {version}")
         await world.phase("cells", "Live")
         assert await world.live() == version
+
+
+async def test_of_two_operators_one_leads_and_the_other_takes_over(world: Kube) -> None:
+    await _live_v1(world)
+    (name,) = await world.deployments()
+
+    async def look() -> tuple[str, int]:
+        found = json.loads(await world.kubectl("get", "deployment", name, "-o", "json"))
+        image = found["spec"]["template"]["spec"]["containers"][0]["image"]
+        return image, found["metadata"]["generation"]
+
+    before = await look()
+    image = "localhost/vigil/inference:other"
+    place = {"VIGIL_OPERATOR_NAMESPACE": world.namespace, "VIGIL_WATCH_NAMESPACES": world.namespace}
+    second = world.operator.another("second.log", VIGIL_OPERATOR_POD="second", VIGIL_WORKER_IMAGE=image, **place)
+    second.start()
+    try:
+        await _until_true(lambda: asyncio.to_thread(lambda: "standing_by" in second.log()))
+        await world.apply("cells", 1, replicas=2)
+        await world.until("cells", lambda status: status["live"]["readyReplicas"] == 2, "scaled")
+        assert await look() == (before[0], before[1] + 1)
+        world.operator.end(signal.SIGTERM)
+
+        async def taken_over() -> bool:
+            return (await look())[0] == image
+
+        await _until_true(taken_over)
+        # Who was first comes back as the later one.
+        world.operator.start()
+        await world.kubectl("annotate", "am", "cells", "seen=again")
+        await _until_true(lambda: asyncio.to_thread(lambda: "standing_by" in world.operator.log().splitlines()[-1]))
+        after = await look()
+        second.end(signal.SIGKILL)
+        gone = time.monotonic()
+
+        async def back() -> bool:
+            return (await look())[0] == before[0]
+
+        await _until_true(back)
+        print(f"after the leader was killed another led within {time.monotonic() - gone:.1f} s")
+        assert (await look())[1] == after[1] + 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            second.end(signal.SIGKILL)
 
 
 async def test_deletion_never_hangs_and_takes_the_route_out(world: Kube) -> None:

@@ -50,6 +50,10 @@ class OperatorProcess:
         assert self._process is not None
         return self._process.pid
 
+    def another(self, log: str, **env: str) -> OperatorProcess:
+        """A second operator, with settings of its own."""
+        return OperatorProcess({**self._env, **env}, self._log.with_name(log))
+
     def start(self) -> None:
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "vigil_operator"]
@@ -157,6 +161,7 @@ async def kube(cluster: LightCluster, folder: Path) -> AsyncIterator[Kube]:
             "VIGIL_STORAGE_ADDRESS": address,
             "VIGIL_SHADOW_ADDRESS": address,
             "VIGIL_WORKER_IMAGE": "localhost/vigil/inference:test",
+            "VIGIL_OPERATOR_POD": "first",
             "VIGIL_HTTP_BIND_PORT": "0",
             "VIGIL_METRICS_PORT": "0",
         }

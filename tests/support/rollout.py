@@ -111,7 +111,7 @@ class World:
 
     def resource(self) -> Resource:
         """The resource as the operator reads it."""
-        harmless = {"threshold", "replicas", "suspend"}
+        harmless = {"threshold", "replicas", "retention", "suspend"}
         tried = {key: value for key, value in self.spec.items() if key not in harmless}
         return Resource(
             name="solar",
@@ -127,8 +127,9 @@ class World:
         """Let time pass, and the operator do what it can."""
         self.now += timedelta(seconds=seconds)
         before = None
-        while before != self.status:
-            before = self.status
+        # Workers that come or go wake it, too.
+        while before != (now := (self.status, dict(self.workers))):
+            before = now
             _, self.wake_after_s = await self.reconciler.reconcile(self.resource(), self.status)
 
     async def route(self) -> Route | None:
@@ -221,6 +222,15 @@ class _Routing:
     async def get(self, model: str) -> Route | None:
         self.world.check("routing")
         return await self.world.streams.routing.get(model)
+
+    async def kept_fraction(self, model: str) -> float | None:
+        self.world.check("routing")
+        return await self.world.streams.routing.kept_fraction(model)
+
+    async def keep_fraction(self, model: str, fraction: float | None) -> None:
+        self.world.check("routing")
+        self.world.act()
+        await self.world.streams.routing.keep_fraction(model, fraction)
 
     async def write(self, model: str, **roles: Any) -> Route:
         self.world.check("routing")

@@ -100,6 +100,27 @@ async def test_too_little_evidence_holds_after_the_timeout_and_never_passes() ->
     assert (world.status.phase, await world.live()) == (Phase.LIVE, 2)
 
 
+async def test_what_is_kept_of_normal_frames_is_there_before_the_route_and_follows_the_spec() -> None:
+    world = World(spec=spec_of(1, retention={"normal": {"keepFraction": 0.05}}))
+    kept_at_each_write = []
+    write = world.streams.routing.write
+
+    async def noted(model: str, **roles: Any) -> Any:
+        kept_at_each_write.append(await world.streams.routing.kept_fraction(model))
+        return await write(model, **roles)
+
+    world.streams.routing.write = noted  # type: ignore[method-assign]
+    await world.settle()
+    assert kept_at_each_write == [0.05]
+    world.apply(spec_of(1, retention={"normal": {"keepFraction": 0.2}}))
+    await world.settle()
+    assert await world.streams.routing.kept_fraction("cells") == 0.2
+    world.apply(spec_of(1))
+    await world.settle()
+    assert await world.streams.routing.kept_fraction("cells") is None
+    assert (kept_at_each_write, world.status.phase, len(world.status.history)) == ([0.05], Phase.LIVE, 1)
+
+
 async def test_too_little_evidence_aborts_after_the_timeout_where_asked() -> None:
     world = await shadowing(rollout={"timeout": "1h", "onTimeout": "Abort"})
     await world.settle(3601)

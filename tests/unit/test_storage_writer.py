@@ -211,6 +211,20 @@ async def test_only_the_sample_of_normal_frames_is_stored_but_all_while_a_candid
     assert (await ids(store))[-40:] == [f"f{n}" for n in range(200, 240)]
 
 
+async def test_a_models_own_fraction_goes_before_the_settings_and_may_change_at_any_time(store: Troubled) -> None:
+    routing = MemoryStreams().routing
+    await routing.write("cells", live=Live(3, "sha256:a"))
+    sampling = Sampling("cells", 0.0, routing)
+    for start, fraction in ((0, 1.0), (100, 0.25), (200, None)):
+        await routing.keep_fraction("cells", fraction)
+        source = FakeSource([queued(n) for n in range(start, start + 100)])
+        async with writing(source, store, sampling=sampling):
+            await until(lambda source=source: len(source.finished) == 100)  # type: ignore[misc]
+    odd = [n for n in range(300) if n % 2]
+    even = [n for n in range(0, 200, 2) if n < 100 or sampled(f"f{n}", 0.25)]
+    assert await ids(store) == [f"f{n}" for n in sorted([*odd, *even])]
+
+
 async def test_a_store_that_is_away_delays_and_loses_nothing(store: Troubled) -> None:
     store.away = 3
     source = FakeSource([queued(n) for n in range(40)])

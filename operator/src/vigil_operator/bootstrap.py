@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import socket
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from vigil_common.streams.redis import RedisStreams
 from vigil_operator.cluster import Api, KubernetesNotes
 from vigil_operator.config import names
 from vigil_operator.handlers import Loops, register
+from vigil_operator.leading import Leadership
 from vigil_operator.reconcile import Reconciler
 from vigil_operator.remote import GrpcRegistry, GrpcReports
 from vigil_operator.spec import GROUP, KIND, VERSION
@@ -47,7 +51,7 @@ class _NoDiffs(kopf.DiffBaseStorage):
 def kopf_settings() -> kopf.OperatorSettings:
     """Where kopf keeps its own state, and what it must not do."""
     settings = kopf.OperatorSettings()
-    # One replica, and every action may be repeated: two operators for a moment do no harm, so nobody needs a peer.
+    # Who leads is settled before kopf starts; see `leading`.
     settings.peering.standalone = True
     settings.scanning.disabled = True
     settings.posting.enabled = False
@@ -76,31 +80,42 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         connect(settings.shadow_address, settings) as shadow,
     ):
         web_server = await _probes(settings.http_bind_port, ready)
+        leadership = Leadership(
+            Api(api.session, api.server),
+            namespace=settings.operator_namespace or "default",
+            name=settings.operator_name,
+            holder=settings.operator_pod or f"{socket.gethostname()}/{os.getpid()}",
+            watched=spaces,
+        )
         try:
-            workers = KubernetesWorkers(api, settings.workers(keda=await _until_answered(api, stop)), settings)
-            notes = KubernetesNotes(api)
-            registry = GrpcRegistry(storage)
-            reconciler = Reconciler(
-                workers=workers,
-                notes=notes,
-                registry=registry,
-                routing=streams.routing,
-                reports=GrpcReports(shadow),
-            )
-            loops = Loops(reconciler, workers, notes, streams.routing, lambda: datetime.now(UTC))
-            # The registry wakes the loops, whose work asks it.
-            registry.changed = loops.wake_models
-            await workers.load(spaces)
-            places: tuple[str | None, ...] = spaces or (None,)
-            for place in places:
-                for body in await api.list(f"{GROUP}/{VERSION}", KIND, place):
-                    loops.claim(body)
-            following = asyncio.create_task(registry.follow(stop))
+            if not await leadership.take(stop):
+                return
+            keeping = asyncio.create_task(leadership.keep(stop))
             try:
-                await _run(register(loops, workers), own, api, spaces, stop=stop, ready=ready)
+                workers = KubernetesWorkers(api, settings.workers(), settings)
+                notes = KubernetesNotes(api)
+                registry = GrpcRegistry(storage)
+                reconciler = Reconciler(
+                    workers=workers,
+                    notes=notes,
+                    registry=registry,
+                    routing=streams.routing,
+                    reports=GrpcReports(shadow),
+                )
+                loops = Loops(reconciler, workers, notes, streams.routing, lambda: datetime.now(UTC))
+                # The registry wakes the loops, whose work asks it.
+                registry.changed = loops.wake_models
+                if not await _seen(api, workers, loops, spaces, stop):
+                    return
+                following = asyncio.create_task(registry.follow(stop))
+                try:
+                    await _run(register(loops, workers), own, api, spaces, stop=stop, ready=ready)
+                finally:
+                    stop.set()
+                    await following
             finally:
                 stop.set()
-                await following
+                await keeping
         finally:
             if web_server is not None:
                 await web_server.cleanup()
@@ -108,16 +123,24 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     log.info("drained")
 
 
-async def _until_answered(api: Api, stop: asyncio.Event) -> bool:
-    """Whether the cluster has KEDA, once it answers."""
-    while True:
+async def _seen(
+    api: Api, workers: KubernetesWorkers, loops: Loops, spaces: tuple[str, ...], stop: asyncio.Event
+) -> bool:
+    """See everything once, so that nothing looks missing that was not seen yet; False where stopped before."""
+    places: tuple[str | None, ...] = spaces or (None,)
+    while not stop.is_set():
         try:
-            return await api.has("keda.sh/v1alpha1")
+            await workers.load(places)
+            for place in places:
+                for body in await api.list(f"{GROUP}/{VERSION}", KIND, place):
+                    loops.claim(body)
         except Unavailable as error:
             log.warning("cluster_away", detail=error.message)
-            if stop.is_set():
-                return False
-            await asyncio.sleep(RETRY_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RETRY_S)
+        else:
+            return True
+    return False
 
 
 async def _run(

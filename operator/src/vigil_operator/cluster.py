@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from vigil_operator.status import Status
 
 TIMEOUT_S = 10.0
+# Calls at once; others wait their turn, and their time runs from then on. More only make a busy server answer all of
+# them late, some too late, which are then made again.
+AT_ONCE = 16
 TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 # A projected token is replaced long before it ends.
 TOKEN_AGE_S = 60.0
@@ -52,6 +56,7 @@ class Api:
     def __init__(self, session: aiohttp.ClientSession, server: str) -> None:
         self.session = session
         self.server = server
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     @classmethod
     def connect(cls, settings: kopf.OperatorSettings) -> Self:
@@ -92,9 +97,12 @@ class Api:
         data = json.dumps(body) if body is not None else None
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
         try:
-            async with self.session.request(
-                method, self.server + path, headers=headers, data=data, params=query, timeout=timeout
-            ) as answer:
+            async with (
+                self._turns,
+                self.session.request(
+                    method, self.server + path, headers=headers, data=data, params=query, timeout=timeout
+                ) as answer,
+            ):
                 text = await answer.text()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise Unavailable("CLUSTER_UNAVAILABLE", f"the API server does not answer: {error!r}") from error

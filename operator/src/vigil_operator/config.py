@@ -19,7 +19,9 @@ class Settings(SecuritySettings):
         storage_address: Storage, as the operator reaches it.
         shadow_address: The shadow service.
         watch_namespaces: Where AnomalyModels are looked after, with commas; empty for everywhere.
-        operator_namespace: Where the operator itself is.
+        operator_namespace: Where the operator itself is, and its Lease.
+        operator_name: Of its Deployment, and its Lease.
+        operator_pod: Who holds the Lease; empty for host and process.
         http_bind_port: /healthz, /readyz; 0 for none.
         metrics_port: Prometheus metrics; 0 for none.
         worker_image: The inference image.
@@ -45,6 +47,8 @@ class Settings(SecuritySettings):
     shadow_address: str = "127.0.0.1:50054"
     watch_namespaces: str = ""
     operator_namespace: str = ""
+    operator_name: str = "vigil-operator"
+    operator_pod: str = ""
     http_bind_port: int = 8080
     metrics_port: int = 9090
     worker_image: Annotated[str, Field(min_length=1)]
@@ -62,8 +66,8 @@ class Settings(SecuritySettings):
     worker_otlp_certificate_file: str = ""
     log_level: str = "INFO"
 
-    def workers(self, *, keda: bool) -> WorkerSettings:
-        """What all workers have in common."""
+    def workers(self) -> WorkerSettings:
+        """What all workers have in common; whether there is KEDA the cluster tells."""
         return WorkerSettings(
             image=self.worker_image,
             redis_url=self.worker_redis_url or self.redis_url,
@@ -75,7 +79,6 @@ class Settings(SecuritySettings):
             token_secret=self.worker_token_secret,
             tokens_secret=self.worker_tokens_secret,
             priority_class=self.worker_priority_class,
-            keda=keda,
             operator_namespace=self.operator_namespace,
             log_level=self.worker_log_level,
             otlp_endpoint=self.worker_otlp_endpoint,

@@ -27,6 +27,8 @@ def structural(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str,
     for bound, exclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if bound in node:
             node |= {exclusive: node[bound], bound: True}
+    if "const" in node:
+        node["enum"] = [node.pop("const")]
     values = node.get("additionalProperties")
     node = {key: value for key, value in node.items() if key not in _DROPPED}
     if isinstance(values, dict):

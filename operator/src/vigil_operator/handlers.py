@@ -12,7 +12,7 @@ from vigil_common.errors import NotFound, Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
-from vigil_operator.observed import Resource
+from vigil_operator.observed import REQUEST_ANNOTATION, Resource
 from vigil_operator.plan import Emit
 from vigil_operator.render import MANAGER, MODEL_LABEL
 from vigil_operator.resource import resource_of, status_of
@@ -64,6 +64,8 @@ class Loops:
         self._locks: dict[Key, asyncio.Lock] = {}
         # By uid: another resource of the same name may follow.
         self._deleted: set[str] = set()
+        # What each resource asked for when it was last seen: what its loop writes itself need not wake it.
+        self._asked: dict[Key, tuple[Any, ...]] = {}
         # Model -> its resources, the oldest first.
         self._claims: dict[str, list[tuple[str, Key]]] = {}
 
@@ -87,6 +89,7 @@ class Loops:
         self._claims[model] = left
         self._deleted.discard(metadata["uid"])
         self._locks.pop(key, None)
+        self._asked.pop(key, None)
         for _, other in left:
             self.wake(other)
         self._workers.forget(key)
@@ -104,6 +107,17 @@ class Loops:
         event = self._wakes.get(key)
         if event is not None:
             event.set()
+
+    def seen(self, body: Mapping[str, Any]) -> None:
+        """A resource is there, or has changed."""
+        self.claim(body)
+        metadata = body["metadata"]
+        key = (metadata["namespace"], metadata["name"])
+        annotations = metadata.get("annotations", {})
+        asked = (metadata["uid"], metadata.get("generation"), annotations.get(REQUEST_ANNOTATION))
+        if self._asked.get(key) != asked:
+            self._asked[key] = asked
+            self.wake(key)
 
     def wake_models(self, models: set[str]) -> None:
         """Look at the resources of these models now."""
@@ -218,8 +232,7 @@ def register(loops: Loops, workers: KubernetesWorkers) -> kopf.OperatorRegistry:
             # Before kopf lets it go; a deletion handler would have kopf compare each state with the last.
             await loops.delete(body)
         else:
-            loops.claim(body)
-            loops.wake((body["metadata"]["namespace"], body["metadata"]["name"]))
+            loops.seen(body)
 
     @kopf.daemon(
         *resource, registry=registry, cancellation_backoff=1.0, cancellation_timeout=5.0, cancellation_polling=1.0

@@ -129,10 +129,17 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class RouteSeen:
-    """The routing table's record; both None where there is none."""
+    """The routing table's record; both None where there is none.
+
+    Attributes:
+        live: The live version.
+        candidate: What is compared with it.
+        kept_fraction: Which part of the normal frames is stored, where the model has its own say.
+    """
 
     live: Live | None
     candidate: Candidate | None = None
+    kept_fraction: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

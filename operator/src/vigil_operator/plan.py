@@ -53,6 +53,7 @@ SHADOW_STATUS_S = 5.0
 # The attempt of a version that a person turned down: no change of the spec brings it back, only another request.
 BY_A_PERSON = "by a person"
 
+_LOADING = "its workers load and prove the bundle"
 _REQUEST_HELP = "write promote, force-promote, abort, rollback or retry, then a digest or -, then an id"
 _WITH_SHADOW = frozenset({Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.HELD})
 _UNDER_WAY = frozenset({Phase.VERIFYING, Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.PROMOTING, Phase.ROLLING_BACK})
@@ -97,6 +98,13 @@ class WriteRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepFraction:
+    """Say which part of the model's normal frames is stored; None leaves it to storage's settings."""
+
+    fraction: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Emit:
     """Tell people by a Kubernetes Event."""
 
@@ -105,7 +113,7 @@ class Emit:
     warning: bool = False
 
 
-Action = WriteStatus | EnsureWorkers | EnsureModel | RemoveWorkers | WriteRoute | Emit
+Action = WriteStatus | EnsureWorkers | EnsureModel | RemoveWorkers | WriteRoute | KeepFraction | Emit
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +388,11 @@ class _Draft:
         """A new candidate, in place of another."""
         self._withdraw(f"version {target.version} is asked for", outcome="Replaced")
         candidate = CandidateStatus(
-            version=target.version, digest=target.digest, threshold=self.spec.threshold, since=self.now
+            version=target.version,
+            digest=target.digest,
+            threshold=self.spec.threshold,
+            since=self.now,
+            message=_LOADING,
         )
         self.change(spec_threshold=self.spec.threshold, shadow=None)
         self.go(Event.CANDIDATE_CHOSEN, "Verifying", f"version {target.version} is the candidate", candidate=candidate)
@@ -415,7 +427,7 @@ class _Draft:
             self._verified(candidate)
             return
         problem = next(iter(workers.problems), None) if workers else None
-        message = f"{problem.reason}: {problem.message}" if problem else "its workers load and prove the bundle"
+        message = f"{problem.reason}: {problem.message}" if problem else _LOADING
         overdue = since_s(candidate.since, self.now) > duration_s(self.spec.rollout.verify_timeout)
         # While a part is away that workers need as well, it is not the candidate's fault.
         if overdue and not self.seen.away:
@@ -579,7 +591,8 @@ class _Draft:
         if candidate is not None and candidate.shadowing_since is not None:
             fraction = self.spec.rollout.sample_fraction
             shadow = Candidate(candidate.version, candidate.digest, candidate.threshold, fraction)
-        return RouteSeen(Live(live.version, live.digest, live.threshold), shadow)
+        kept = self.spec.retention.normal.keep_fraction
+        return RouteSeen(Live(live.version, live.digest, live.threshold), shadow, kept)
 
     def effects(self) -> tuple[Action, ...]:
         """What makes the world as the status says."""
@@ -588,10 +601,15 @@ class _Draft:
         actions: list[Action] = [EnsureModel(live.digest if live else None)] if kept else []
         actions += [EnsureWorkers(version.version, version.digest) for version in kept.values()]
         route = self.route()
-        if route is not None and route.live is not None and self.seen.route is not None and route != self.seen.route:
-            actions.append(WriteRoute(route.live, route.candidate))
+        seen = self.seen.route
+        if route is not None and route.live is not None and seen is not None:
+            # First, so that no frame of a new route is dropped or kept by another rule.
+            if route.kept_fraction != seen.kept_fraction:
+                actions.append(KeepFraction(route.kept_fraction))
+            if (route.live, route.candidate) != (seen.live, seen.candidate):
+                actions.append(WriteRoute(route.live, route.candidate))
         # Nothing goes before the route is known to lead elsewhere.
-        if self.seen.route is not None and (route or RouteSeen(None)) == self.seen.route:
+        if seen is not None and (route or RouteSeen(None, None, seen.kept_fraction)) == seen:
             unneeded = sorted(set(self.seen.workloads or {}) - set(kept))
             actions += [RemoveWorkers(digest) for digest in unneeded]
         return tuple(actions)

@@ -21,6 +21,7 @@ from vigil_operator.plan import (
     Emit,
     EnsureModel,
     EnsureWorkers,
+    KeepFraction,
     RemoveWorkers,
     WriteRoute,
     WriteStatus,
@@ -157,7 +158,7 @@ class Reconciler:
                     who, model = f"operator, for {resource.namespace}/{resource.name}", resource.spec.source.model
                     audit("promoted", by=who, model=model, version=live.version, digest=live.digest)
                 status = made.status
-            moved = any(isinstance(action, WriteStatus | WriteRoute) for action in made.actions)
+            moved = any(isinstance(action, WriteStatus | WriteRoute | KeepFraction) for action in made.actions)
             if trouble:
                 # Once more, so that the status tells of it; then wait.
                 seen = await self._observe(resource, status, taken_by, trouble)
@@ -172,7 +173,7 @@ class Reconciler:
 
     async def _carry_out(self, resource: Resource, action: Action) -> dict[str, str]:
         """Do it; where it fails, the part that it failed by."""
-        part = "Routing" if isinstance(action, WriteRoute) else "Cluster"
+        part = "Routing" if isinstance(action, WriteRoute | KeepFraction) else "Cluster"
         try:
             await self._do(resource, action)
         except VigilError as error:
@@ -199,6 +200,8 @@ class Reconciler:
                 await self._workers.remove(resource, digest)
             case WriteRoute(live, candidate):
                 await self._routing.write(resource.spec.source.model, live=live, candidate=candidate)
+            case KeepFraction(fraction):
+                await self._routing.keep_fraction(resource.spec.source.model, fraction)
             case Emit():
                 await self._notes.emit(resource, action)
 
@@ -214,7 +217,8 @@ class Reconciler:
             away["Registry"] = error.message
         try:
             record = await self._routing.get(source.model)
-            route = RouteSeen(record.live, record.candidate) if record is not None else RouteSeen(None)
+            kept = await self._routing.kept_fraction(source.model)
+            route = RouteSeen(None, None, kept) if record is None else RouteSeen(record.live, record.candidate, kept)
         except Unavailable as error:
             away["Routing"] = error.message
         candidate = status.candidate

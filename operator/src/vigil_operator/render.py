@@ -75,6 +75,12 @@ class WorkerSettings:
     otlp_certificate_file: str = ""
 
 
+def revision(body: Manifest) -> int:
+    """The revision of an object's state: opaque by older contracts, a growing number in every server there is."""
+    text = body["metadata"].get("resourceVersion", "0")
+    return int(text) if text.isdigit() else 0
+
+
 def short(digest: str) -> str:
     """Enough of a digest for names and labels."""
     return digest.removeprefix("sha256:")[:DIGEST_CHARACTERS]

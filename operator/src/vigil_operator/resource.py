@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # What a failed version is not tried again for: it can't have failed by it.
-_HARMLESS = {"threshold", "replicas", "autoscaling", "suspend"}
+_HARMLESS = {"threshold", "replicas", "autoscaling", "retention", "suspend"}
 
 log = get_logger()
 

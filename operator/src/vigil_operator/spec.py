@@ -187,6 +187,30 @@ class Rollout(Part):
     ] = "1h"
 
 
+class NormalRetention(Part):
+    """Frames that are normal, that nobody reviewed and no candidate disagreed about."""
+
+    keep_fraction: Annotated[
+        Fraction | None,
+        Field(
+            description="Which part of them is stored, by the frame's id; absent: as storage is set. All while a "
+            "candidate is compared. Changes need no restart and are for frames that come later."
+        ),
+    ] = None
+
+
+class Retention(Part):
+    """Which judged frames are stored: the server's quotas are for whole buckets, so a model has none of its own."""
+
+    anomalous: Annotated[
+        Literal["forever"], Field(description="Anomalous frames, and those that people reviewed: always all of them.")
+    ] = "forever"
+    disagreeing: Annotated[
+        Literal["forever"], Field(description="Frames of which live and candidate said different things: all of them.")
+    ] = "forever"
+    normal: Annotated[NormalRetention, Field(description="The other frames.")] = NormalRetention()
+
+
 class Spec(Part):
     """What is asked for."""
 
@@ -209,6 +233,13 @@ class Spec(Part):
         list[SecretReference] | None, Field(max_length=16, description="As in a Pod, beside the operator's own.")
     ] = None
     rollout: Annotated[Rollout, Field(description="How a new version replaces the live one.")] = Rollout()
+    retention: Annotated[
+        Retention,
+        Field(
+            description="Which judged frames are stored. A quota in bytes is storage's own setting, for the normal "
+            "frames of all models."
+        ),
+    ] = Retention()
     suspend: Annotated[
         bool, Field(description="Leave everything as it is: no new candidate, no promotion. What is live stays up.")
     ] = False

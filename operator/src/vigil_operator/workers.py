@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vigil_operator import metrics
@@ -23,6 +23,7 @@ from vigil_operator.render import (
     WorkerSettings,
     build_model,
     build_workers,
+    revision,
     server_name,
     short,
     workers_name,
@@ -69,7 +70,7 @@ class Cache:
         if key is not None:
             known = self._objects.setdefault(key, {})
             old = known.get(body["metadata"]["name"])
-            if old is None or _revision(old) <= _revision(body):
+            if old is None or revision(old) <= revision(body):
                 known[body["metadata"]["name"]] = body
         return key
 
@@ -102,12 +103,6 @@ def owner_of(body: Manifest) -> Key | None:
     return (metadata["namespace"], name) if name else None
 
 
-def _revision(body: Manifest) -> int:
-    # Opaque by contract, a growing number in every server there is; only used to drop older states of one object.
-    text = body["metadata"].get("resourceVersion", "0")
-    return int(text) if text.isdigit() else 0
-
-
 class KubernetesWorkers:
     """Workers of every resource.
 
@@ -125,9 +120,9 @@ class KubernetesWorkers:
         self._applied: dict[tuple[str, str, str], _Applied] = {}
         self._described: dict[tuple[str, int], Description] = {}
 
-    async def load(self, namespaces: tuple[str, ...]) -> None:
+    async def load(self, places: tuple[str | None, ...]) -> None:
         """See everything once, so that nothing looks missing that was not seen yet."""
-        places: tuple[str | None, ...] = namespaces or (None,)
+        self._settings = replace(self._settings, keda=await self._api.has("keda.sh/v1alpha1"))
         for api, kind, cache in (("apps/v1", "Deployment", self.deployments), ("v1", "Pod", self.pods)):
             found = [body for place in places for body in await self._api.list(api, kind, place, SELECTOR)]
             cache.replace(found)

@@ -34,6 +34,7 @@ class Settings(SecuritySettings):
             the oldest going first; 0 keeps them for good, less than 256 MiB is refused: what goes before it was looked
             for would be written again and again. Anything else stays whatever this is.
         retention_normal_fraction: Which part of them is stored at all, from 0 to 1; all while a candidate is compared.
+            A model's own `spec.retention` goes before it.
         drain_s: How long calls under way may take at a stop.
         log_level: Least level logged.
     """

@@ -30,8 +30,10 @@ class Sampling:
 
     Args:
         model: The model's name.
-        fraction: Which part, from 0 to 1; by the frame's id, so that a second try decides as the first.
-        routing: Tells whether a candidate is compared: then all are kept, since it may turn out to disagree.
+        fraction: Which part, from 0 to 1, where the model has no say of its own; by the frame's id, so that a second
+            try decides as the first.
+        routing: Has the model's own fraction, and tells whether a candidate is compared: then all are kept, since it
+            may turn out to disagree.
     """
 
     def __init__(self, model: str, fraction: float, routing: RoutingTable) -> None:
@@ -45,9 +47,14 @@ class Sampling:
         Raises:
             Unavailable: Redis is away.
         """
+        passing = [not domain.stays(record.labels) for record in records]
+        if not any(passing):
+            return passing
+        own = await self._routing.kept_fraction(self._model)
+        fraction = self._fraction if own is None else own
         out = [
-            not domain.stays(record.labels) and not sampled(record.labels["frame_id"], self._fraction)
-            for record in records
+            passes and not sampled(record.labels["frame_id"], fraction)
+            for record, passes in zip(records, passing, strict=True)
         ]
         if any(out):
             route = await self._routing.get(self._model)

@@ -340,6 +340,6 @@ class Writers:
         def keep() -> Coroutine[None, None, None]:
             return self._keeper(model).run()
 
-        sampling = Sampling(model, self._normal_fraction, self._routing) if self._normal_fraction < 1 else None
+        sampling = Sampling(model, self._normal_fraction, self._routing)
         outcomes = self._outcomes(model)
         return FrameWriter(model, outcomes, self._store, self._options, beside=[compare, keep], sampling=sampling)

@@ -406,6 +406,7 @@ class MemoryRouting:
         self._streams = streams
         self._routes: dict[str, Route] = {}
         self._generations: dict[str, int] = {}
+        self._fractions: dict[str, float] = {}
 
     async def get(self, model: str) -> Route | None:
         """The model's route."""
@@ -456,6 +457,18 @@ class MemoryRouting:
     async def remove(self, model: str) -> None:
         """Delete the route."""
         self._routes.pop(model, None)
+        self._fractions.pop(model, None)
+
+    async def kept_fraction(self, model: str) -> float | None:
+        """Which part of the model's normal frames is stored."""
+        return self._fractions.get(model)
+
+    async def keep_fraction(self, model: str, fraction: float | None) -> None:
+        """Say which part is stored, or take it back."""
+        if fraction is None:
+            self._fractions.pop(model, None)
+        else:
+            self._fractions[model] = fraction
 
     async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
         """The route once it has changed, or after the wait."""

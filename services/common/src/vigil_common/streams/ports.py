@@ -296,6 +296,14 @@ class RoutingTable(Protocol):
         """Delete the route: ingest takes no more frames of the model. What was accepted stays until it is stored."""
         ...
 
+    async def kept_fraction(self, model: str) -> float | None:
+        """Which part of the model's normal frames is stored, as `keep_fraction` wrote it; None where nothing says."""
+        ...
+
+    async def keep_fraction(self, model: str, fraction: float | None) -> None:
+        """Say which part of the model's normal frames is stored; None takes it back, as the route's removal does."""
+        ...
+
     async def wait(self, model: str, generation: int, *, block_ms: int) -> Route | None:
         """The route once its generation is another than this, or whatever it is after the wait."""
         ...

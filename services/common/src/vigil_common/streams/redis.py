@@ -2,7 +2,8 @@
 
 Keys of a model share the hash tag `{MODEL}`: `frames` and `verdicts` (streams), `unstored` (frames judged and not yet
 confirmed by storage, by entry id), `budget` (bytes ever admitted, and those before the head: their difference is what
-the queue holds), `frame:ID` (deduplication and where the reply goes), `replies:REPLICA`, `dead`, `routing`, `owner`.
+the queue holds), `frame:ID` (deduplication and where the reply goes), `replies:REPLICA`, `dead`, `routing`, `owner`,
+`keep-fraction` (which part of the normal frames is stored, where the model has its own say).
 
 Of a comparison: `shadow-verdicts` (stream, both sides, numbered by `shadow-sequence`), `shadow-owner`, `shadow-cursor`
 (how far the report has read), `comparisons` (stream, to storage), and per run `shadow-report:RUN` (counts),
@@ -619,6 +620,10 @@ def route_of(model: str, found: Mapping[bytes, bytes]) -> Route | None:
         ) from error
 
 
+def _kept(model: str) -> str:
+    return f"{prefix(model)}keep-fraction"
+
+
 class RedisRouting:
     """Roles of the versions."""
 
@@ -653,8 +658,25 @@ class RedisRouting:
 
     async def remove(self, model: str) -> None:
         """Delete the route; storage goes on with what is left."""
-        if await self._connection.script(UNROUTE, self._keys(model), []) == 0:
+        left = await self._connection.script(UNROUTE, self._keys(model), [])
+        await self.keep_fraction(model, None)
+        if left == 0:
             await self._connection.command("SREM", MODELS, model)
+
+    async def kept_fraction(self, model: str) -> float | None:
+        """Which part of the model's normal frames is stored."""
+        found = await self._connection.command("GET", _kept(model))
+        try:
+            return None if found is None else float(found)
+        except ValueError as error:
+            raise Unavailable("ROUTING_UNREADABLE", f"{_kept(model)} is no number ({error})") from error
+
+    async def keep_fraction(self, model: str, fraction: float | None) -> None:
+        """Say which part is stored, or take it back."""
+        if fraction is None:
+            await self._connection.command("DEL", _kept(model))
+        else:
+            await self._connection.command("SET", _kept(model), repr(fraction))
 
     @staticmethod
     def _keys(model: str) -> list[str]:
