@@ -151,6 +151,13 @@ def test_a_new_chart_restarts_neither_queue_nor_store(tmp_path: Path) -> None:
     assert old != new
 
 
+def test_queue_and_store_keep_their_address_when_their_pod_is_replaced() -> None:
+    services = of_kind(CHARTS / "vigil" / "ci" / "minimal-values.yaml", "Service")
+    kinds = {part["metadata"]["labels"]["app.kubernetes.io/component"]: part["spec"] for part in services}
+    for part in ("valkey", "reductstore"):
+        assert (kinds[part]["type"], kinds[part].get("clusterIP")) == ("ClusterIP", None)
+
+
 def test_the_definition_outlives_the_release() -> None:
     (definition,) = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "CustomResourceDefinition")
     assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"

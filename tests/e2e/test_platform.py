@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -231,6 +232,54 @@ def test_workers_scale_from_one_to_three_and_back_under_load(platform: Platform)
     account = stream.stop()
     check_account(platform.client, MODEL, account, also=platform.ids)
     platform.ids += account["sent"]
+
+
+COLLECT = """
+import json, pathlib, sys, time
+sys.path.insert(0, "/data")
+from collector import Collector
+with Collector("0.0.0.0:4317") as collector:
+    pathlib.Path("/data/collecting").touch()
+    while not pathlib.Path("/data/collected").exists():
+        time.sleep(0.1)
+print(json.dumps([(one.service, one.name, one.span.trace_id.hex(), one.span.parent_span_id.hex() != "")
+                  for one in collector.spans]))
+"""
+
+
+def test_a_frame_is_one_trace_across_the_pods(platform: Platform) -> None:
+    # Given a collector beside the platform, which both charts are told of
+    client = platform.client
+    platform.start_client({}, {}, **{"collector.py": (ROOT / "tests/support/collector.py").read_bytes()})
+    address = platform.cluster.get("pod", client.name, "-n", NAMESPACE)["status"]["podIP"]
+    endpoint = f"otlp.endpoint=http://{address}:4317"
+    command = platform.cluster.command("kubectl", "exec", "-n", NAMESPACE, client.name, "--", "python", "-c", COLLECT)
+    collector = subprocess.Popen(command, stdout=subprocess.PIPE, env=dict(platform.cluster.environment))
+    wait_until("the collector", lambda: not client.run("sh", "-c", "test -e /data/collecting || echo not yet"))
+    workers = f"vigil.dev/anomalymodel={MODEL}"
+
+    def settings() -> list[str]:
+        return [pod["metadata"]["annotations"]["vigil.dev/settings"] for pod in platform.pods(workers)]
+
+    (before,) = settings()
+    platform.install(endpoint, "otlp.sampleRatio=1", operator=(endpoint,))
+    wait_until("a worker that knows of it", lambda: before not in settings() and platform.ready(workers) == 1)
+    # when frames are streamed
+    account = client.stream(MODEL, count=30, rate=RATE).result()
+    check_account(client, MODEL, account)
+    platform.ids += account["sent"]
+    platform.install()
+    client.run("touch", "/data/collected")
+    spans = json.loads(collector.communicate(timeout=60)[0])
+    # then each frame is one trace, of ingest, worker and storage
+    traces: dict[str, set[str]] = {}
+    for service, name, trace, has_parent in spans:
+        traces.setdefault(trace, set()).add(f"{service} {name}")
+        assert has_parent is (name != "take frame")
+    say(f"{len(spans)} spans of {len(traces)} traces: {', '.join(sorted(set().union(*traces.values())))}")
+    assert len(traces) == 30
+    whole = {"vigil-ingest take frame", "vigil-inference judge frame", "vigil-storage store frame"}
+    assert all(found == whole for found in traces.values())
 
 
 @pytest.mark.parametrize(

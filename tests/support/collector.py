@@ -46,11 +46,11 @@ class Received:
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
     """Listens while it is entered, on `port`."""
 
-    def __init__(self) -> None:
+    def __init__(self, bind: str = "127.0.0.1:0") -> None:
         self.spans: list[Received] = []
         self._server = grpc.server(ThreadPoolExecutor(2))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.port = self._server.add_insecure_port(bind)
 
     def __enter__(self) -> Self:
         self._server.start()
