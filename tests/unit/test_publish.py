@@ -114,6 +114,52 @@ async def test_a_client_that_vanishes_leaves_nothing(publisher: Publisher, tmp_p
     assert list((tmp_path / "models").iterdir()) == []
 
 
+class CountingModels(EmbeddedModelStore):
+    """Counts uploads that run at once; each waits until it is let go, and the first fails."""
+
+    def count(self) -> None:
+        self.now = self.most = self.begun = 0
+        self.go = asyncio.Semaphore(0)
+
+    async def upload(self, name: str, digest: str, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
+        self.now, self.begun = self.now + 1, self.begun + 1
+        self.most = max(self.most, self.now)
+        try:
+            first = self.begun == 1
+            await self.go.acquire()
+            if first:
+                raise ConnectionResetError
+            await super().upload(name, digest, size_bytes, chunks)
+        finally:
+            self.now -= 1
+
+
+async def test_a_bundle_is_uploaded_by_one_at_a_time_however_many_wait_and_whoever_gives_up(tmp_path: Path) -> None:
+    models = await CountingModels.open(tmp_path)
+    models.count()
+    publisher, bundle = Publisher(models), a_bundle(b"a" * 5000)
+    calls = [asyncio.create_task(publisher.publish(bundle)) for _ in range(2)]
+
+    async def begun(count: int) -> None:
+        async with asyncio.timeout(10):
+            while models.begun < count:
+                await asyncio.sleep(0)
+
+    await begun(1)
+    models.go.release()
+    await begun(2)  # the second, who waited, while a third comes
+    calls.append(asyncio.create_task(publisher.publish(bundle)))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    for _ in range(3):
+        models.go.release()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    await models.close()
+    assert isinstance(results[0], ConnectionResetError)
+    assert [answer.created for answer in results[1:]] == [True, False]  # type: ignore[union-attr]
+    assert models.most == 1
+
+
 async def test_who_published_is_kept_and_a_deprecation_needs_a_reason(publisher: Publisher) -> None:
     enter(Principal("trainer-7", frozenset({Role.PUBLISH}), None))
     try:

@@ -7,6 +7,7 @@ import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from vigil_common.access import principal
 from vigil_common.audit import audit
@@ -47,7 +48,8 @@ class Storage:
         self.models = models
         self._now_us = now_us
         self._publishing = asyncio.Lock()
-        self._uploads: dict[str, asyncio.Lock] = {}
+        # A lock is there as long as somebody holds it or waits for it.
+        self._uploads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def query(self, where: FrameFilter, *, page_size: int, token: str) -> tuple[list[StoredRecord], str]:
         """A page of records, oldest first, and the token of the next; empty where that was the last."""
@@ -91,11 +93,9 @@ class Storage:
             raise InvalidInput("HEADER_INVALID", "the header names the model, and its bundle's digest as sha256:HEX")
         if not 0 < size_bytes <= MAX_BUNDLE_BYTES:
             raise InvalidInput("BUNDLE_TOO_LARGE", f"size_bytes is between 1 and {MAX_BUNDLE_BYTES}, not {size_bytes}")
-        async with self._uploads.setdefault(digest, asyncio.Lock()):
-            try:
-                return await self._publish(chunks, name, version, digest, size_bytes)
-            finally:
-                self._uploads.pop(digest, None)
+        upload = self._uploads.setdefault(digest, asyncio.Lock())
+        async with upload:
+            return await self._publish(chunks, name, version, digest, size_bytes)
 
     async def _publish(
         self, chunks: AsyncIterator[bytes], name: str, version: int, digest: str, size_bytes: int
