@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vigil_client.types import Annotation, HumanLabel, ReviewedFrame, ReviewItem
 
 _CHUNK_BYTES = 1024 * 1024
+_BUFFER_BYTES = 16 * 1024 * 1024
 _PAGE_SIZE = 500
 # A publication may take its bundle's size over this longer than other calls.
 _LEAST_BYTES_PER_S = 2**20
@@ -224,15 +225,9 @@ class StorageClient(Connected):
         """
 
         def describe() -> storage_pb2.PublishHeader:
-            digest, size_bytes = hashlib.sha256(), 0
-            for chunk in _chunks(bundle):
-                digest.update(chunk)
-                size_bytes += len(chunk)
+            digest, size_bytes = _digest(bundle)
             return storage_pb2.PublishHeader(
-                name=name or _name_in(bundle),
-                version=version,
-                digest=f"sha256:{digest.hexdigest()}",
-                size_bytes=size_bytes,
+                name=name or _name_in(bundle), version=version, digest=f"sha256:{digest}", size_bytes=size_bytes
             )
 
         header = await asyncio.to_thread(describe)
@@ -310,6 +305,21 @@ class StorageClient(Connected):
         if found is None or found.digest != f"sha256:{digest.hexdigest()}":
             raise ServiceError(Failure("DATA_LOSS", "DIGEST_MISMATCH", "the bundle received is not its digest's"))
         return found
+
+
+def _digest(bundle: bytes | Path) -> tuple[str, int]:
+    """SHA-256 of a bundle in hexadecimal, and its length.
+
+    The large buffer does more than save calls: once it is freed, malloc keeps what the chunks leave behind for the next
+    ones, instead of taking new pages from the system for each, which is most of the work of sending a bundle.
+    """
+    digest, size_bytes = hashlib.sha256(), 0
+    with io.BytesIO(bundle) if isinstance(bundle, bytes) else bundle.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_BUFFER_BYTES))
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+            size_bytes += read
+    return digest.hexdigest(), size_bytes
 
 
 def _chunks(bundle: bytes | Path) -> Iterator[bytes]:

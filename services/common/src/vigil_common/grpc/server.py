@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vigil_common.config import SecuritySettings
 
 HEADROOM_BYTES = 1 << 20
+# As HTTP/2 has it; by itself gRPC cuts everything into frames of 16 KiB.
+MAX_FRAME_BYTES = (1 << 24) - 1
 MAX_PROBES = 16
 
 
@@ -84,7 +86,11 @@ def create_server(
         interceptors.append(AccessInterceptor(Tokens(security.tokens_file), access))
     window: list[tuple[str, int]] = []
     if stream_window_bytes is not None:
-        window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", stream_window_bytes)]
+        window = [
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", stream_window_bytes),
+            ("grpc.http2.max_frame_size", min(stream_window_bytes, MAX_FRAME_BYTES)),
+        ]
     server = grpc.aio.server(
         interceptors=[*interceptors, ErrorInterceptor()],
         options=[
