@@ -354,6 +354,30 @@ async def test_a_rollback_is_instant_while_the_version_before_is_warm() -> None:
     assert await world.live() == 2
 
 
+async def test_a_rollback_does_not_try_again_what_is_asked_for_and_has_failed() -> None:
+    world = await live_v1()
+    world.apply(spec_of(2))
+    await world.settle()
+    world.published = [1, 2, 3]
+    world.broken[3] = Problem("OutOfMemory", "more than its limit", final=True)
+    world.apply(spec_of("latest"))
+    await world.settle()
+    assert world.condition("Promoted") == ("False", "OutOfMemory")
+    world.ask("rollback")
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.HELD, 1)
+    assert world.condition("Promoted") == ("False", "OutOfMemory")
+    assert [entry.outcome for entry in world.status.history] == ["RolledBack", "Failed", "Promoted", "Promoted"]
+    # Nor does the version that a person went back from come again, once it is the newest.
+    world.deprecated = {3}
+    await world.settle(1000)
+    assert (world.status.phase, await world.live()) == (Phase.HELD, 1)
+    assert world.condition("Promoted") == ("False", "RolledBack")
+    world.ask("retry")
+    await world.settle(1)
+    assert await world.live() == 2
+
+
 async def test_a_rollback_after_the_window_starts_the_version_before_first() -> None:
     world = await live_v1()
     world.apply(spec_of(2))

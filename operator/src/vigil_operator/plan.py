@@ -204,8 +204,18 @@ class _Draft:
     def turned_down(self, target: Published) -> bool:
         """Whether this version has failed already, as it is asked for now."""
         failure = self.status.last_failure
-        attempts = (BY_A_PERSON, self.resource.attempt)
-        return failure is not None and failure.digest == target.digest and failure.attempt in attempts
+        if failure is not None and failure.digest == target.digest:
+            return failure.attempt in (BY_A_PERSON, self.resource.attempt)
+        return self._refused_by_a_person(target) is not None
+
+    def _refused_by_a_person(self, target: Published) -> HistoryEntry | None:
+        """That a person turned it down, though another version has failed since; a promotion makes a new start."""
+        for entry in self.status.history:
+            if entry.outcome == "Promoted":
+                return None
+            if entry.digest == target.digest and entry.outcome in ("RolledBack", "Aborted"):
+                return entry
+        return None
 
     # --- what is live, and what is asked for
 
@@ -325,10 +335,15 @@ class _Draft:
         return ""
 
     def _retry(self, target: Published | None) -> str:
-        failure = self.status.last_failure
-        if target is None or failure is None or not self.turned_down(target):
+        if target is None or not self.turned_down(target):
             return "nothing has failed"
-        self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
+        failure = self.status.last_failure
+        refused = self._refused_by_a_person(target)
+        if refused is not None and (failure is None or failure.digest != target.digest):
+            version = VersionStatus(version=target.version, digest=target.digest, since=self.now)
+            failure = self.failure(version, refused.outcome, refused.message, "")
+        if failure is not None:
+            self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
         return ""
 
     # --- the rollout
@@ -339,7 +354,7 @@ class _Draft:
         if phase is Phase.PROMOTING:
             self._finish(Event.ROUTE_WRITTEN, "Promoted")
         elif phase is Phase.ROLLING_BACK:
-            self._roll_back()
+            self._roll_back(target)
         elif self.spec.suspend:
             if phase is not Phase.SUSPENDED:
                 self.go(Event.SUSPENDED, "Suspended", "spec.suspend is set", suspended_from=phase)
@@ -525,7 +540,7 @@ class _Draft:
         self.go(Event.CANDIDATE_FAILED, reason, text, warning=True, candidate=None, last_failure=failure)
         self.remember(candidate, "Failed", f"{reason}: {message}")
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, target: Published | None) -> None:
         """Once the version before has workers, it is live again."""
         live, previous = self.status.live, self.status.previous
         if live is None or previous is None:
@@ -534,10 +549,12 @@ class _Draft:
         workers = self.workers(previous.digest)
         if workers is not None and workers.ready > 0:
             message = f"a person went back from version {live.version} to {previous.version}"
+            failure = self.status.last_failure
+            # What is asked for and has failed before must not be tried again because of this.
+            if failure is None or target is None or failure.digest != target.digest:
+                failure = self.failure(live, "RolledBack", message, BY_A_PERSON)
             self.change(
-                live=VersionStatus(**_plain(previous) | {"since": self.now}),
-                previous=None,
-                last_failure=self.failure(live, "RolledBack", message, BY_A_PERSON),
+                live=VersionStatus(**_plain(previous) | {"since": self.now}), previous=None, last_failure=failure
             )
             self.remember(live, "RolledBack", message)
             return
@@ -682,6 +699,8 @@ class _Draft:
 
     def _progressing(self) -> _Said:
         phase, candidate = self.status.phase, self.status.candidate
+        if phase is Phase.AWAITING_APPROVAL:
+            return True, phase.value, "its gates passed; `kubectl vigil promote` makes it live"
         if phase in _UNDER_WAY:
             return True, phase.value, candidate.message if candidate else ""
         return False, phase.value, candidate.message if candidate else ""
@@ -691,9 +710,14 @@ class _Draft:
         if live is not None and target is not None and live.digest == target.digest and phase is not Phase.PROMOTING:
             return True, "Promoted", f"version {live.version} is live, as asked for"
         if target is None:
-            return (None, "RegistryUnavailable", "") if self.seen.versions is None else (False, "UnknownVersion", "")
+            if self.seen.versions is None:
+                return None, "RegistryUnavailable", self.seen.away.get("Registry", "")
+            return False, "UnknownVersion", self._unknown()
         if failure is not None and failure.digest == target.digest and phase in (Phase.FAILED, Phase.HELD):
             return False, failure.reason, failure.message
+        refused = self._refused_by_a_person(target)
+        if refused is not None and self.turned_down(target):
+            return False, refused.outcome, f"{refused.message}; `kubectl vigil resume` tries it again"
         return False, phase.value, f"version {target.version} is asked for"
 
     def _synced(self, target: Published | None) -> _Said:
