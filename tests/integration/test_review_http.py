@@ -18,7 +18,7 @@ import trustme
 import yaml
 from aiohttp import CookieJar, FormData
 from aiohttp.test_utils import BaseTestServer, TestClient, TestServer
-from PIL import Image, ImageOps
+from PIL import Image
 from vigil.storage.v1 import storage_pb2_grpc
 from vigil_cli.local.process import free_port
 from vigil_common.config import SecuritySettings
@@ -329,21 +329,6 @@ def test_sixteen_bits_are_shown_at_their_brightness() -> None:
     data, content_type = pictures.shown(file.getvalue(), "image/tiff")
     with Image.open(io.BytesIO(data)) as shown:
         assert (content_type, shown.getpixel((0, 0))) == ("image/png", 128)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_workers_picture_lies_over_the_stored_pixels_whatever_exif_says(orientation: int) -> None:
-    stored = Image.new("L", (6, 4))
-    stored.putpixel((1, 2), 255)
-    exif = Image.Exif()
-    exif[pictures.ORIENTATION_TAG] = orientation
-    file = io.BytesIO()
-    stored.save(file, "PNG", exif=exif)
-    seen = io.BytesIO()
-    with Image.open(io.BytesIO(file.getvalue())) as image_:
-        ImageOps.exif_transpose(image_).save(seen, "PNG")
-    with Image.open(io.BytesIO(pictures.as_stored(seen.getvalue(), file.getvalue()))) as back:
-        assert (back.size, list(back.tobytes())) == (stored.size, list(stored.tobytes()))
 
 
 def test_a_canvas_without_a_mark_is_no_mask() -> None:

@@ -127,3 +127,33 @@ def _check_drawn(mask: bytes, size: tuple[int, int]) -> None:
         across, down = size
         assert [drawn.getpixel((across * place // 8, down // 2)) for place in (1, 3, 5, 7)] == [0, 255, 255, 0]
         assert drawn.getpixel((across // 2, down // 4)) == 0
+
+
+async def test_a_turned_image_is_seen_marked_and_exported_as_it_is_shown(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(load_cells().defective[0])) as cell:
+        cell.resize((300, 200)).save(file, "JPEG", exif=exif)
+    async with platform(tmp_path) as vigil:
+        async with VigilClient(vigil.stack.ingest_address) as client:
+            (result,) = [one async for one in client.stream([Frame(file.getvalue(), MODEL, camera="line-0")])]
+        await vigil.settled()
+        url = await vigil.stack.add_review(inference_address=vigil.stack.worker_addresses[vigil.worker])
+        async with browser_page() as page:
+            await _log_in(page, url)
+            await page.get_by_role("link", name="Review").click()
+            await page.wait_for_url("**/f/line-0/**")
+            await page.keyboard.press("o")
+            await _until(page, "document.getElementById('overlay').naturalWidth > 0")
+            for name in ("image", "overlay"):
+                size = await page.evaluate(f"[{name}.naturalWidth, {name}.naturalHeight]")
+                assert size == [200, 300], name
+            await _shot(page, "turned")
+            await page.keyboard.press("o")
+            await _draw_across(page)
+            await page.keyboard.press("a")
+            await page.get_by_text("anomalous with a mask: kept").wait_for()
+        found = await vigil.storage.frames_history(MODEL, result.frame_id)
+        assert found.mask is not None
+        _check_drawn(found.mask, (200, 300))

@@ -84,6 +84,37 @@ async def test_anomalib_pairs_every_image_with_its_own_mask(tmp_path: Path) -> N
     assert unmasked.read_bytes() == frames[4].image
 
 
+@pytest.mark.parametrize("form", Format)
+async def test_a_turned_image_lies_under_its_mask_for_who_reads_no_exif(tmp_path: Path, form: Format) -> None:
+    shown = Image.new("RGB", (40, 60), "gray")
+    shown.paste("white", (2, 3, 14, 23))
+    mask = Image.new("L", shown.size)
+    mask.paste(255, (2, 3, 14, 23))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = io.BytesIO()
+    shown.transpose(Image.Transpose.ROTATE_90).save(stored, "JPEG", exif=exif, quality=95)
+    turned = frame("t", HumanLabel.ANOMALOUS, stored.getvalue(), encoded(np.asarray(mask)), kind="image/jpeg")
+    others = samples()[:2]
+    root = tmp_path / "out"
+    await write_export(given([*others, turned]), root, form, {})
+    check_sums(root)
+    entry = next(one for one in json.loads((root / "manifest.json").read_text())["files"] if one["frame_id"] == "t")
+    assert entry["turned_from"]["sha256"] == hashlib.sha256(stored.getvalue()).hexdigest()
+    # As Anomalib's `read_image` does.
+    image = np.asarray(Image.open(root / entry["path"]).convert("RGB"))
+    marked = np.asarray(Image.open(root / entry["mask"]).convert("L")) > 0
+    assert image.shape[:2] == marked.shape == (60, 40)
+    assert image[marked].mean() > 240
+    assert image[~marked].mean() < 140
+    assert not Image.open(root / entry["path"]).getexif()
+    if form is Format.FOLDER:
+        assert [mask.name for _, _, mask in anomalib_folder(root) if mask][-1] == Path(entry["mask"]).name
+    else:
+        described = json.loads((root / "annotations.json").read_text())
+        assert described["annotations"][-1]["segmentation"]["size"] == [60, 40]
+
+
 async def test_without_any_mask_all_anomalous_images_stand_in_abnormal(tmp_path: Path) -> None:
     frames = [samples()[0], samples()[4]]
     await write_export(given(frames), tmp_path / "out", Format.FOLDER, {})

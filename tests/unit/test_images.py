@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from vigil_common.bundle import ModelInput
 from vigil_common.errors import InvalidInput
 from vigil_common.images import ImageInfo, inspect
@@ -92,6 +93,36 @@ def test_exif_rotation_is_applied(kind: str) -> None:
     assert pixels.shape == (30, 20, 3)
     assert pixels[:10].mean() > 200
     assert pixels[-10:].mean() < 50
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(10))
+def test_the_header_tells_the_size_that_people_and_models_see(kind: str, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    image = Image.linear_gradient("L").resize((30, 20)).convert("RGB")
+    data = saved(image, kind, exif=exif)
+    seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    found = inspect(data, max_bytes=1 << 20, max_pixels=MAX_PIXELS)
+    assert (found.width, found.height) == seen.size == ((20, 30) if turn in range(5, 9) else (30, 20))
+    assert np.array_equal(read(data), np.asarray(seen))
+
+
+def test_the_size_of_a_turned_png_is_known_without_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(NOISE.resize((64, 32)), "PNG", exif=exif)
+    found = inspect(data[: len(data) // 2], max_bytes=1 << 20, max_pixels=MAX_PIXELS)
+    assert (found.width, found.height) == (32, 64)
+
+
+def test_an_orientation_that_is_no_number_turns_nothing() -> None:
+    tag = struct.pack(">HHI4s", 0x0112, 2, 2, b"6")
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + tag + bytes(4)
+    data = saved(Image.new("RGB", (30, 20)), "JPEG", exif=exif)
+    found = inspect(data, max_bytes=1 << 20, max_pixels=MAX_PIXELS)
+    assert (found.width, found.height) == (30, 20)
+    assert read(data).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

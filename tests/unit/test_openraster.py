@@ -95,6 +95,17 @@ def test_sixteen_bits_are_shown_by_their_upper_eight() -> None:
         assert Image.open(io.BytesIO(archive.read("data/image.png"))).getpixel((0, 0)) == (128, 128, 128)
 
 
+def test_a_turned_image_is_painted_on_as_it_is_seen() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    out = io.BytesIO()
+    Image.new("RGB", SIZE[::-1]).save(out, "JPEG", exif=exif)
+    file = openraster.write(out.getvalue(), grey((1, 2, 4, 5)))
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        assert {Image.open(io.BytesIO(archive.read(f"data/{name}.png"))).size for name in ("mask", "image")} == {SIZE}
+    assert boxes(openraster.read_mask(file)) == (1, 2, 4, 5)
+
+
 def test_nothing_painted_is_no_mask() -> None:
     assert openraster.read_mask(openraster.write(png(Image.new("RGB", SIZE)), None)) is None
 

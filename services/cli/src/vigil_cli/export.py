@@ -3,6 +3,10 @@
 Anomalib's Folder data module (2.4.0dev, `data/datasets/image/folder.py` at 0aa3fc49) pairs the n-th abnormal image with
 the n-th mask, both sorted by path, and then asks that the mask's stem holds the image's. So every name begins with a
 number of fixed width, image and mask share it, and anomalous images without a mask stand in a folder of their own.
+
+Masks lie over images as people see them. Anomalib reads an image as it is stored, whatever its EXIF data say of turning
+it (`read_image` in data/utils/image.py at 35bbeaae: `Image.open(path).convert("RGB")`). So one that is to be turned is
+written turned, as PNG without EXIF data; the manifest says so, and has the checksum of what is stored.
 """
 
 import asyncio
@@ -24,6 +28,8 @@ import numpy as np
 import typer
 from PIL import Image
 from vigil_client import HumanLabel, ReviewedFrame, StorageClient
+from vigil_common import images
+from vigil_common.errors import InvalidInput
 
 from vigil_cli.frames import said
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run
@@ -38,6 +44,8 @@ SUFFIXES = {
     "image/tiff": ".tiff",
     "image/webp": ".webp",
 }
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+MAX_PIXELS = 100_000_000
 
 
 class Format(Enum):
@@ -149,17 +157,27 @@ class _Writing:
         kind = NORMAL if stands.label is HumanLabel.NORMAL else ABNORMAL if found.mask else UNMASKED
         self.counts[kind] += 1
         folder = kind if self.form is Format.FOLDER else IMAGES
-        image = f"{folder}/{stem}{SUFFIXES.get(frame.content_type, '.img')}"
+        body, suffix = found.image, SUFFIXES.get(frame.content_type, ".img")
+        turned = _turned(found.image)
+        if turned is not None:
+            body, suffix = turned, ".png"
+        image = f"{folder}/{stem}{suffix}"
         entry: dict[str, Any] = {
             "path": image,
-            "sha256": self._write(image, found.image),
-            "bytes": len(found.image),
+            "sha256": self._write(image, body),
+            "bytes": len(body),
             "label": stands.label.value,
             "frame_id": frame.frame_id,
             "camera": frame.camera,
             "captured_at": frame.captured_at.isoformat(),
             "annotations": [said(one) for one in found.annotations],
         }
+        if turned is not None:
+            entry["turned_from"] = {
+                "content_type": frame.content_type,
+                "sha256": hashlib.sha256(found.image).hexdigest(),
+                "bytes": len(found.image),
+            }
         if frame.verdict is not None:
             judged = frame.verdict
             entry["verdict"] = {"version": judged.version, "digest": judged.digest, "score": judged.score}
@@ -249,6 +267,20 @@ def run_lengths(marked: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
     flat = np.concatenate([[False], marked.flatten(order="F")])
     edges = np.flatnonzero(np.diff(flat)).tolist()
     return [stop - start for start, stop in zip([0, *edges], [*edges, marked.size], strict=True)]
+
+
+def _turned(data: bytes) -> bytes | None:
+    """The image as people see it, as PNG; None where it is stored so, or is none."""
+    try:
+        image = images.open_header(data, max_bytes=len(data), max_pixels=MAX_PIXELS)
+        if images.orientation(image) == 1:
+            return None
+        upright = images.upright(image)
+        out = io.BytesIO()
+        (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(out, "PNG")
+    except (InvalidInput, OSError, ValueError, SyntaxError):  # such as a frame that could not be judged for it
+        return None
+    return out.getvalue()
 
 
 def _iso(time: datetime | None) -> str | None:

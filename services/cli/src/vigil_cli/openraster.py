@@ -12,10 +12,12 @@ from xml.etree import ElementTree as ET
 
 from PIL import Image
 from vigil_common.errors import InvalidInput
+from vigil_common.pixels import decode
 
 MASK, IMAGE = "mask", "image"
 COLOUR = (255, 40, 40)
 HALF = 128
+MAX_PIXELS = 100_000_000
 THUMBNAIL = (256, 256)
 
 
@@ -23,10 +25,13 @@ def write(image: bytes, mask: bytes | None) -> bytes:
     """An OpenRaster file.
 
     Args:
-        image: Encoded, in any format that is read here; EXIF rotation is not applied, since masks are not rotated.
-        mask: Grey PNG of the same size, white where it is anomalous; None for an empty layer.
+        image: Encoded, in any format that is read here; it stands there as people see it, turned as its EXIF data say.
+        mask: Grey PNG of that size, white where it is anomalous; None for an empty layer.
+
+    Raises:
+        InvalidInput: As `vigil_common.pixels.decode`.
     """
-    picture = _eight_bit(image)
+    picture = Image.fromarray(decode(image, max_pixels=MAX_PIXELS)).convert("RGB")
     paint = Image.new("RGBA", picture.size, (*COLOUR, 0))
     if mask:
         with Image.open(io.BytesIO(mask)) as marked:
@@ -79,13 +84,6 @@ def read_mask(file: bytes) -> bytes | None:
 
 def _offset(layer: ET.Element, name: str) -> int:
     return round(float(layer.get(name, "0")))
-
-
-def _eight_bit(image: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(image)) as opened:
-        if opened.mode.startswith("I"):
-            return opened.point(lambda value: value / 256).convert("L").convert("RGB")
-        return opened.convert("RGB")
 
 
 def _png(image: Image.Image) -> bytes:

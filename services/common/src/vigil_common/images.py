@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from vigil_common.errors import InvalidInput
 
@@ -21,6 +22,18 @@ OTHERS = (
     (4, b"jP  ", "JPEG 2000"),
     (4, b"ftyp", "HEIF, AVIF or video"),
 )
+ORIENTATION_TAG = 0x0112
+# What an EXIF orientation asks for.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = frozenset({5, 6, 7, 8})
 # Our own limit is checked on every image; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
 # What Pillow finds odd in a sender's file is no concern of the logs. Set once: per call it would not be thread-safe.
@@ -29,7 +42,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What the header says; width and height in pixels, before any EXIF rotation."""
+    """What the header says; width and height in pixels, as people and models see it: after EXIF rotation."""
 
     content_type: str
     width: int
@@ -89,4 +102,38 @@ def _is_cut_webp(data: bytes) -> bool:
 def inspect(data: bytes, *, max_bytes: int, max_pixels: int) -> ImageInfo:
     """Read the header; raises as `open_header`."""
     image = open_header(data, max_bytes=max_bytes, max_pixels=max_pixels)
-    return ImageInfo(CONTENT_TYPES[image.format or ""], *image.size)
+    return ImageInfo(CONTENT_TYPES[image.format or ""], *upright_size(image))
+
+
+def orientation(image: Image.Image) -> int:
+    """How the header says that the image is to be turned, 1 to 8 as in EXIF; 1 where it says nothing with a meaning.
+
+    Asked before the pixels are decoded. What stands behind the pixels of a PNG is not looked at: nobody could know the
+    image's size before decoding it.
+    """
+    try:
+        if isinstance(image, TiffImageFile):
+            said = image.tag_v2.get(ORIENTATION_TAG, 1)
+        else:  # not its own `getexif`, which for a PNG decodes the pixels
+            said = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
+    except Exception:  # noqa: BLE001 - Pillow's parser raises anything on hostile data, which then turns nothing
+        return 1
+    return said if isinstance(said, int) and said in TURNS else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once it is turned; Pillow gives a TIFF's so by itself."""
+    if orientation(image) in SIDEWAYS and not isinstance(image, TiffImageFile):
+        return image.height, image.width
+    return image.size
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its header says; what `open_header` gave, and nothing done with it yet.
+
+    Raises:
+        Exception: Whatever Pillow's decoders raise on broken pixels.
+    """
+    turn = TURNS.get(orientation(image))
+    image.load()
+    return image if turn is None or isinstance(image, TiffImageFile) else image.transpose(turn)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vigil_common.errors import InvalidInput
-from vigil_common.images import open_header
+from vigil_common.images import open_header, upright
 
 if TYPE_CHECKING:
     from vigil_common.bundle import ModelInput
@@ -22,7 +22,6 @@ RESIZE = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
-ORIENTATION_TAG = 0x0112
 MAX_BYTES = 1 << 30
 
 
@@ -43,9 +42,7 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
             "IMAGE_FORMAT_UNSUPPORTED", "floating-point pixels have no defined brightness; send 8 or 16 bits"
         )
     try:
-        image.load()
-        if image.getexif().get(ORIENTATION_TAG, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode.startswith("I"):
             return _to_eight_bits(image)
         target = "L" if image.mode in {"L", "1", "LA"} else "RGB"

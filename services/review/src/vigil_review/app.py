@@ -301,8 +301,7 @@ async def _picture(request: web.Request) -> web.Response:
         if not request.app[BACKEND].has_workers:
             raise web.HTTPNotFound(text="no worker is known here: set VIGIL_INFERENCE_ADDRESS")
         view, mask = await request.app[BACKEND].pictures(request.match_info["model"], detail.image)
-        picture = view if kind == "ai-view" else mask
-        body = await asyncio.to_thread(pictures.as_stored, picture, detail.image)
+        body = view if kind == "ai-view" else mask
     if not body:
         raise web.HTTPNotFound(text="there is no such picture of this frame")
     return web.Response(body=body, content_type=content_type)

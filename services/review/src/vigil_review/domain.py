@@ -46,7 +46,7 @@ class Frame:
         captured_at: When it was taken.
         stored_at: Its record's time.
         content_type: Media type of its image.
-        width: Pixels, as the image's header says.
+        width: Pixels, as people see the image: after EXIF rotation.
         height: Pixels.
         version: The live version that judged it; 0 where none could.
         score: Its score; None where it could not be judged.

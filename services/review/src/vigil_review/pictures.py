@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import io
 
-from PIL import Image
 from vigil_common import images
 from vigil_common.errors import InvalidInput
 
 MAX_MASK_BYTES = 8 << 20
 MAX_PIXELS = 100_000_000
-ORIENTATION_TAG = 0x0112
-# What takes an image back from how its EXIF orientation has it turned.
-TURNED_BACK = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 # What every browser shows as it is.
 SHOWN = frozenset({"image/jpeg", "image/png", "image/bmp", "image/webp"})
 
@@ -43,22 +31,6 @@ def shown(image: bytes, content_type: str) -> tuple[bytes, str]:
     file = io.BytesIO()
     converted.save(file, "PNG")
     return file.getvalue(), "image/png"
-
-
-def as_stored(picture: bytes, image: bytes) -> bytes:
-    """A worker's picture over the image's pixels as they are stored: workers turn images as their EXIF data say.
-
-    Raises:
-        InvalidInput: The image can't be read.
-    """
-    opened = images.open_header(image, max_bytes=len(image), max_pixels=MAX_PIXELS)
-    back = TURNED_BACK.get(opened.getexif().get(ORIENTATION_TAG, 1))
-    if back is None or not picture:
-        return picture
-    file = io.BytesIO()
-    with Image.open(io.BytesIO(picture)) as turned:
-        turned.transpose(back).save(file, "PNG")
-    return file.getvalue()
 
 
 def drawn(canvas: bytes) -> bytes:

@@ -17,7 +17,7 @@ def canonical(mask: bytes, *, width: int, height: int) -> bytes:
 
     Args:
         mask: A PNG, 1-bit or 8-bit grey; what is 128 or more is anomalous.
-        width: Of the image, in pixels.
+        width: Of the image as people see it, in pixels: after EXIF rotation.
         height: Of the image.
 
     Raises:
@@ -32,8 +32,9 @@ def canonical(mask: bytes, *, width: int, height: int) -> bytes:
         raise InvalidInput("MASK_UNREADABLE", f"the mask can't be read: {error.message}") from error
     if image.format != "PNG":
         raise InvalidInput("MASK_FORMAT_INVALID", f"the mask is a {image.format}; save it as PNG")
-    if image.size != (width, height):
-        found = f"{image.width} x {image.height}"
+    size = images.upright_size(image)
+    if size != (width, height):
+        found = f"{size[0]} x {size[1]}"
         raise InvalidInput("MASK_SIZE_MISMATCH", f"the mask has {found} pixels, the image {width} x {height}")
     if image.mode not in ("1", "L"):
         raise InvalidInput(
@@ -41,7 +42,7 @@ def canonical(mask: bytes, *, width: int, height: int) -> bytes:
             f"the mask's pixels are {image.mode}; save it as 8-bit grey (GIMP: Image, Mode, Grayscale; no alpha)",
         )
     try:
-        grey = image.convert("L")
+        grey = images.upright(image).convert("L")
     except (OSError, ValueError, SyntaxError) as error:
         raise InvalidInput("MASK_UNREADABLE", f"the mask is cut short or broken ({error})") from error
     marked = grey.point([0] * HALF + [255] * (256 - HALF))
