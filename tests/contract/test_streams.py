@@ -206,6 +206,20 @@ async def test_a_promotion_ends_the_comparison(streams: Streams) -> None:
     assert promoted.candidate is None
 
 
+async def test_a_change_decided_by_an_earlier_route_changes_nothing(streams: Streams) -> None:
+    first = await streams.routing.promote(M, version=1, digest="sha256:1", threshold=None, after=0)
+    second = await streams.routing.promote(M, version=2, digest="sha256:2", threshold=None, after=first.generation)
+    for after in (0, first.generation):
+        with pytest.raises(Unavailable, match="somebody else changed"):
+            await streams.routing.write(M, live=first.live, candidate=Candidate(3, "sha256:3"), after=after)
+    assert await streams.routing.get(M) == second
+    await streams.routing.remove(M)
+    with pytest.raises(Unavailable, match="somebody else changed"):
+        await streams.routing.write(M, live=second.live, after=second.generation)
+    assert await streams.routing.get(M) is None
+    assert (await streams.routing.write(M, live=first.live, after=0)).generation > second.generation
+
+
 async def test_a_version_is_not_compared_with_itself_and_samples_are_fractions(streams: Streams) -> None:
     with pytest.raises(InvalidInput, match="version 1 is the live one"):
         await streams.routing.write(M, live=Live(1, "sha256:1"), candidate=Candidate(1, "sha256:1"))

@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vigil_cli.options import connect_streams
 from vigil_client import Frame, StorageClient, VigilClient
+from vigil_common.config import SecuritySettings
+from vigil_common.streams.redis import RedisStreams
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -88,7 +89,7 @@ async def _stored(model: str) -> dict[str, int]:
 
 
 async def _settled(model: str) -> dict[str, int]:
-    streams = await connect_streams(os.environ["VIGIL_REDIS_URL"])
+    streams = await RedisStreams.connect(os.environ["VIGIL_REDIS_URL"], security=SecuritySettings())
     deadline = time.monotonic() + SETTLE_DEADLINE_S
     try:
         while True:
@@ -103,7 +104,7 @@ async def _settled(model: str) -> dict[str, int]:
 
 
 async def _live(model: str, version: int, digest: str) -> dict[str, int]:
-    streams = await connect_streams(os.environ["VIGIL_REDIS_URL"])
+    streams = await RedisStreams.connect(os.environ["VIGIL_REDIS_URL"], security=SecuritySettings())
     try:
         route = await streams.routing.promote(model, version=version, digest=digest, threshold=None)
     finally:

@@ -25,7 +25,6 @@ class Commands:
             **os.environ,
             "VIGIL_ADDRESS": stack.ingest_address,
             "VIGIL_STORAGE_ADDRESS": stack.storage_address,
-            "VIGIL_REDIS_URL": stack.redis_url,
             "COLUMNS": "200",
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import secrets
 import subprocess
@@ -26,7 +27,7 @@ from tests.support.platform import MODEL, trained_bundle
 if TYPE_CHECKING:
     from pathlib import Path
 
-ROLES = {"camera": ["stream"], "trainer": ["publish"], "reviewer": ["review"], "service": ["serve"]}
+ROLES = {"camera": ["stream"], "trainer": ["publish"], "reviewer": ["review"], "service": ["serve"], "boss": ["admin"]}
 
 
 class Secrets:
@@ -125,10 +126,9 @@ async def test_the_commands_take_certificates_and_passwords_from_the_environment
         where = {
             "VIGIL_ADDRESS": stack.ingest_address,
             "VIGIL_STORAGE_ADDRESS": stack.storage_address,
-            "VIGIL_REDIS_URL": stack.redis_url,
         }
 
-        async def vigil(*words: str, token: str) -> str:
+        async def vigil(*words: str, token: str, code: int = 0) -> str:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "vigil_cli", *words),
                 env={**os.environ, **found.env, **where, "VIGIL_TOKEN": found.tokens[token]},
@@ -136,10 +136,14 @@ async def test_the_commands_take_certificates_and_passwords_from_the_environment
                 stderr=subprocess.STDOUT,
             )
             output = (await process.communicate())[0].decode()
-            assert process.returncode == 0, output
+            assert process.returncode == code, output
             return output
 
         await vigil("model", "publish", str(bundle), token="trainer")  # noqa: S106 - names of tokens
-        await vigil("model", "promote", MODEL, "--version", "1", token="trainer")  # noqa: S106
+        assert "ROLE_MISSING" in await vigil("model", "promote", MODEL, token="trainer", code=1)  # noqa: S106
+        await vigil("model", "promote", MODEL, "--version", "1", token="boss")  # noqa: S106
+        lines = map(json.loads, stack.log_file("storage").read_text().splitlines())
+        said = [(line["action"], line["by"]) for line in lines if line["event"] == "audit"]
+        assert said == [("published", "trainer"), ("promoted", "boss")]
         await stack.add_worker(MODEL, 1)
         assert '"anomalous"' in await vigil("stream", str(image), "--model", MODEL, "--json", token="camera")  # noqa: S106

@@ -16,7 +16,7 @@ from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_inference.servicer import InferenceServicer
 from vigil_storage.app import Storage
-from vigil_storage.servicer import FrameServicer, ModelServicer
+from vigil_storage.servicer import FrameServicer, ModelServicer, RouteServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -65,6 +65,9 @@ CALLS: dict[str, Any] = {
     "Download": lambda name: storage_pb2.DownloadRequest(name=name),
     "Deprecate": lambda name: storage_pb2.DeprecateRequest(name=name, version=1, reason="worn out"),
     "Publish": parts,
+    "Promote": lambda model: storage_pb2.PromoteRequest(model=model),
+    "StartComparison": lambda model: storage_pb2.StartComparisonRequest(model=model),
+    "StopComparison": lambda model: storage_pb2.StopComparisonRequest(model=model),
 }
 SERVICES = storage_pb2.DESCRIPTOR.services_by_name
 METHODS = [(name, method.name) for name, service in SERVICES.items() for method in service.methods]
@@ -75,10 +78,14 @@ async def test_every_call_of_storage_refuses_a_token_of_another_model(
     storage: Storage, service: str, method: str
 ) -> None:
     nobody: Any = None
-    rpc: Any = FrameServicer(storage, nobody) if service == "FrameService" else ModelServicer(storage)
+    servicers = {
+        "FrameService": FrameServicer(storage, nobody),
+        "ModelService": ModelServicer(storage),
+        "RouteService": RouteServicer(nobody),
+    }
     enter(NUTS_ONLY)
     with pytest.raises(Forbidden) as caught:
-        await answered(getattr(rpc, method)(CALLS[method]("cells"), None))
+        await answered(getattr(servicers[service], method)(CALLS[method]("cells"), None))
     assert caught.value.reason == "MODEL_NOT_ALLOWED"
 
 

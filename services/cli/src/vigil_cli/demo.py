@@ -111,7 +111,7 @@ async def _demo(out: Path) -> int:
         async with StorageClient(stack.storage_address) as storage:
             model = await storage.models_publish(trained.bundle)
             console.print(f"published {model.name} version {model.version}: {model.digest}", soft_wrap=True)
-            await make_live(stack.redis_url, model)
+            await make_live(stack.storage_address, MODEL, model.version)
             worker = await stack.add_worker(model.name, model.version)
             frames = {}
             for path, defective in split.test:

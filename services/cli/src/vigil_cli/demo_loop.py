@@ -94,7 +94,7 @@ async def _loop(out: Path) -> int:
     await asyncio.to_thread(shutil.rmtree, out, ignore_errors=True)
     async with LocalStack(out / "platform", log=_say) as stack, StorageClient(stack.storage_address) as storage:
         v1 = await storage.models_publish(first.bundle)
-        await make_live(stack.redis_url, v1)
+        await make_live(stack.storage_address, MODEL, v1.version)
         workers = [await stack.add_worker(MODEL, v1.version)]
         truth = await _seen(stack, storage, split)
         reviewed = await _review(storage, truth)
@@ -110,7 +110,7 @@ async def _loop(out: Path) -> int:
         workers.append(await stack.add_worker(MODEL, v2.version))
         asked = zip(workers, (v1, v2), strict=True)
         areas = [await _area(stack.worker_addresses[name], split.held, model) for name, model in asked]
-        await make_live(stack.redis_url, v2)
+        await make_live(stack.storage_address, MODEL, v2.version)
     if areas[1] <= areas[0]:
         errors.print("version 2 is no better than version 1")
     typer.echo(f"loop: v1={areas[0]:.3f} v2={areas[1]:.3f} reviewed={reviewed}")

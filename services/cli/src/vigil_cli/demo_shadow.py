@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 import onnx
 import typer
-from vigil_client import Frame, StorageClient, VigilClient
+from vigil_client import Frame, RouteClient, StorageClient, VigilClient
 from vigil_common.bundle import open_bundle, pack
-from vigil_common.streams.ports import Candidate
 
 from vigil_cli.demo import mono_cells, split_cells, told
 from vigil_cli.local import LocalStack
 from vigil_cli.models import make_live
 from vigil_cli.options import console, errors
-from vigil_cli.shadow import gates_of, set_candidate, show, stored_images
+from vigil_cli.shadow import gates_of, show, stored_images
 from vigil_cli.shadow_client import ShadowClient
 from vigil_cli.shadow_html import PICTURES, write_html
 from vigil_cli.shadow_lines import OUTCOMES
@@ -101,7 +100,7 @@ async def _demo(out: Path) -> int:
     async with LocalStack(platform, log=lambda text: console.print(text, highlight=False, soft_wrap=True)) as stack:
         async with StorageClient(stack.storage_address) as storage:
             live, good, broken = [await storage.models_publish(bundle) for bundle in bundles]
-        await make_live(stack.redis_url, live)
+        await make_live(stack.storage_address, MODEL, live.version)
         await stack.add_worker(MODEL, live.version)
         demo = _Demo(stack, out, cells)
         outcomes = [
@@ -126,8 +125,9 @@ class _Demo:
     async def compare(self, name: str, candidate: Model, count: int) -> str:
         """Stream so many cells past live and this candidate; what the gates say of it."""
         worker = await self._stack.add_worker(MODEL, candidate.version)
-        route = await set_candidate(self._stack.redis_url, MODEL, Candidate(candidate.version, candidate.digest))
-        console.rule(f"{name}: version {candidate.version} beside live version {route.live.version}, {count} cells")
+        async with RouteClient(self._stack.storage_address) as routes:
+            route = await routes.start_comparison(MODEL, candidate.version)
+        console.rule(f"{name}: version {route.candidate} beside live version {route.live}, {count} cells")
         await self._stream(count)
         async with ShadowClient(self._stack.shadow_address) as shadow:
             found = await _settled(shadow, count)
@@ -138,7 +138,8 @@ class _Demo:
         images = await stored_images(self._stack.storage_address, None, MODEL, worst)
         await asyncio.to_thread(write_html, path, found, worst, images)
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
-        await set_candidate(self._stack.redis_url, MODEL, None)
+        async with RouteClient(self._stack.storage_address) as routes:
+            await routes.stop_comparison(MODEL)
         await self._stack.stop(worker)
         return OUTCOMES[found.decision.overall]
 

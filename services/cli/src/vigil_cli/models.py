@@ -8,19 +8,15 @@ from typing import Annotated
 import typer
 import yaml
 from rich.table import Column, Table
-from vigil_client import Model, StorageClient
+from vigil_client import Model, Route, RouteClient, StorageClient
 from vigil_common.bundle import open_bundle, read_manifest
-from vigil_common.errors import NotLive, VigilError
-from vigil_common.streams.ports import Route
+from vigil_common.errors import VigilError
 
 from vigil_cli.options import (
-    DEFAULT_REDIS,
     DEFAULT_STORAGE,
     AsJson,
-    RedisUrl,
     StorageAddress,
     Token,
-    connect_streams,
     console,
     errors,
     run,
@@ -215,30 +211,17 @@ def promote(
     *,
     version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own.")] = None,
-    redis_url: RedisUrl = DEFAULT_REDIS,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
-    """Make a published version live."""
-
-    async def work() -> Route:
-        async with StorageClient(storage_address, token=token) as storage:
-            model = await storage.models_get(name, version)
-        if model.deprecated:
-            what = f"{model.name} version {model.version} is deprecated ({model.deprecated}); promote another"
-            raise NotLive("VERSION_DEPRECATED", what)
-        return await make_live(redis_url, model, threshold)
-
-    route = run(work())
-    console.print(f"{route.model} version {route.live.version} is live")
+    """Make a published version live; its token needs the role admin."""
+    route = run(make_live(storage_address, name, version, threshold=threshold, token=token))
+    console.print(f"{route.model} version {route.live} is live")
 
 
-async def make_live(redis_url: str, model: Model, threshold: float | None = None) -> Route:
-    """Write the route; workers and ingest follow within a second."""
-    streams = await connect_streams(redis_url)
-    try:
-        return await streams.routing.promote(
-            model.name, version=model.version, digest=model.digest, threshold=threshold
-        )
-    finally:
-        await streams.close()
+async def make_live(
+    storage_address: str, name: str, version: int, *, threshold: float | None = None, token: str | None = None
+) -> Route:
+    """Have storage write the route; workers and ingest follow within a second."""
+    async with RouteClient(storage_address, token=token) as routes:
+        return await routes.promote(name, version, threshold=threshold)

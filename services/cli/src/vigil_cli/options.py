@@ -9,9 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from vigil_client import ServiceError
-from vigil_common.config import SecuritySettings
 from vigil_common.errors import VigilError
-from vigil_common.streams.redis import RedisStreams
 
 from vigil_cli.sources import SourceError
 
@@ -22,18 +20,11 @@ errors = Console(stderr=True)
 
 Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
 StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]
-RedisUrl = Annotated[str, typer.Option(envvar="VIGIL_REDIS_URL", help="redis://, rediss:// or redis+cluster://.")]
 Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer token.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"
-DEFAULT_REDIS = "redis://localhost:6379/0"
-
-
-async def connect_streams(redis_url: str) -> RedisStreams:
-    """Redis, with password and authority from VIGIL_REDIS_PASSWORD_FILE and VIGIL_REDIS_CA_FILE."""
-    return await RedisStreams.connect(redis_url, security=SecuritySettings())
 
 
 @contextmanager

@@ -331,7 +331,6 @@ def up(folder: Folder = FOLDER) -> None:
                     "VIGIL_ADDRESS": stack.ingest_address,
                     "VIGIL_STORAGE_ADDRESS": stack.storage_address,
                     "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
-                    "VIGIL_REDIS_URL": stack.redis_url,
                     "VIGIL_LOCAL": str(stack.folder),
                 }
                 lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())

@@ -11,18 +11,13 @@ from rich.live import Live as LiveDisplay
 from rich.table import Column, Table
 from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
-from vigil_client import ServiceError, StorageClient
-from vigil_common.errors import NotFound
-from vigil_common.streams.ports import Candidate, Route
+from vigil_client import Route, RouteClient, ServiceError, StorageClient
 
 from vigil_cli.options import (
-    DEFAULT_REDIS,
     DEFAULT_STORAGE,
     AsJson,
-    RedisUrl,
     StorageAddress,
     Token,
-    connect_streams,
     console,
     run,
 )
@@ -56,46 +51,34 @@ def start(
     version: Annotated[int, typer.Option(help="The candidate; 0: the newest.")] = 0,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own.")] = None,
     sample_fraction: Annotated[float, typer.Option(min=0, max=1, help="Which part of the frames it gets.")] = 1.0,
-    redis_url: RedisUrl = DEFAULT_REDIS,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
-    """Compare a published version with live from now on; on Kubernetes the AnomalyModel does so by itself."""
+    """Compare a published version with live from now on; on Kubernetes the AnomalyModel does so by itself.
+
+    Its token needs the role admin.
+    """
 
     async def work() -> Route:
-        async with StorageClient(storage_address, token=token) as storage:
-            found = await storage.models_get(model, version)
-        return await set_candidate(redis_url, model, Candidate(found.version, found.digest, threshold, sample_fraction))
+        async with RouteClient(storage_address, token=token) as routes:
+            return await routes.start_comparison(model, version, threshold=threshold, sample_fraction=sample_fraction)
 
     route = run(work())
-    assert route.candidate is not None  # noqa: S101 - just written
     console.print(
-        f"{model} version {route.candidate.version} is compared with live version {route.live.version} "
-        f"(run {route.comparison})"
+        f"{model} version {route.candidate} is compared with live version {route.live} (run {route.comparison})"
     )
 
 
 @app.command()
-def stop(model: Model, *, redis_url: RedisUrl = DEFAULT_REDIS) -> None:
-    """End the comparison; its report stays."""
-    route = run(set_candidate(redis_url, model, None))
-    console.print(f"{model} version {route.live.version} is live, nothing is compared with it")
+def stop(model: Model, *, storage_address: StorageAddress = DEFAULT_STORAGE, token: Token = None) -> None:
+    """End the comparison; its report stays. Its token needs the role admin."""
 
+    async def work() -> Route:
+        async with RouteClient(storage_address, token=token) as routes:
+            return await routes.stop_comparison(model)
 
-async def set_candidate(redis_url: str, model: str, candidate: Candidate | None) -> Route:
-    """Write the route with another candidate; live stays as it is.
-
-    Raises:
-        NotFound: UNKNOWN_MODEL: nothing is live.
-    """
-    streams = await connect_streams(redis_url)
-    try:
-        route = await streams.routing.get(model)
-        if route is None:
-            raise NotFound("UNKNOWN_MODEL", f"no version of {model} is live; promote one first")
-        return await streams.routing.write(model, live=route.live, candidate=candidate)
-    finally:
-        await streams.close()
+    route = run(work())
+    console.print(f"{model} version {route.live} is live, nothing is compared with it")
 
 
 @app.command()

@@ -6,6 +6,7 @@ async with VigilClient("localhost:50051") as client:
 """
 
 from vigil_client.client import VigilClient
+from vigil_client.routes import RouteClient
 from vigil_client.storage import StorageClient
 from vigil_client.types import (
     Annotation,
@@ -16,6 +17,7 @@ from vigil_client.types import (
     Result,
     ReviewedFrame,
     ReviewItem,
+    Route,
     ServiceError,
     StoredFrame,
     Verdict,
@@ -33,6 +35,8 @@ __all__ = [
     "Result",
     "ReviewItem",
     "ReviewedFrame",
+    "Route",
+    "RouteClient",
     "ServiceError",
     "StorageClient",
     "StoredFrame",

@@ -18,7 +18,9 @@ _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _RETRY_UNAVAILABLE = {
     "methodConfig": [
         {
-            "name": [{"service": "vigil.storage.v1.FrameService"}, {"service": "vigil.storage.v1.ModelService"}],
+            "name": [
+                {"service": f"vigil.storage.v1.{name}"} for name in ("FrameService", "ModelService", "RouteService")
+            ],
             "retryPolicy": {
                 "maxAttempts": 5,
                 "initialBackoff": "0.2s",
@@ -46,6 +48,8 @@ def connect(address: str, credentials: grpc.ChannelCredentials | None = None) ->
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Pods that were replaced have other addresses; by itself gRPC asks for them again after 30 s.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ("grpc.service_config", json.dumps(_RETRY_UNAVAILABLE)),
     ]
     if credentials is None:

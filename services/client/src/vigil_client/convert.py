@@ -19,6 +19,7 @@ from vigil_client.types import (
     Model,
     ReviewedFrame,
     ReviewItem,
+    Route,
     StoredFrame,
     Verdict,
     Visualization,
@@ -171,3 +172,9 @@ def model(message: storage_pb2.Model, *, created: bool = True) -> Model:
         deprecated=message.deprecated,
         created=created,
     )
+
+
+def route(message: storage_pb2.Route) -> Route:
+    """Roles of a model's versions."""
+    candidate = message.candidate.version if message.HasField("candidate") else None
+    return Route(message.live.name, message.live.version, candidate, message.comparison)

@@ -255,6 +255,23 @@ class Model:
     created: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Roles of a model's versions.
+
+    Attributes:
+        model: The model's name.
+        live: The version whose verdicts count.
+        candidate: The version compared with it; None where there is none.
+        comparison: Number of the comparison under way; 0 where there is none.
+    """
+
+    model: str
+    live: int
+    candidate: int | None
+    comparison: int
+
+
 class ServiceError(Exception):
     """A call failed for good.
 

@@ -20,23 +20,27 @@ from vigil_storage import depths, domain, retention
 from vigil_storage.annotations import AnnotationKeeper, Heard
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews
-from vigil_storage.servicer import FrameServicer, ModelServicer
+from vigil_storage.routes import Routes
+from vigil_storage.servicer import FrameServicer, ModelServicer, RouteServicer
 from vigil_storage.writer import WriterOptions, Writers
 
 if TYPE_CHECKING:
+    from vigil_common.grpc.security import Access
     from vigil_common.store.ports import FrameStore, ModelStore
 
     from vigil_storage.config import Settings
 
 # What changes something is the reviewer's or publisher's; the rest whoever has to do with models and frames may read.
 READ = frozenset({Role.REVIEW, Role.PUBLISH, Role.SERVE})
-ACCESS = {
+ACCESS: Access = {
     "vigil.storage.v1.FrameService": {
         "Query": frozenset({Role.REVIEW, Role.SERVE}),
         "Get": frozenset({Role.REVIEW, Role.SERVE}),
         "*": frozenset({Role.REVIEW}),
     },
     "vigil.storage.v1.ModelService": {"List": READ, "GetModel": READ, "Download": READ, "*": frozenset({Role.PUBLISH})},
+    # An admin's alone: who publishes does not decide what is live.
+    "vigil.storage.v1.RouteService": {"*": frozenset()},
 }
 RETRY_S = 1.0
 WINDOW_BYTES = 4 << 20
@@ -77,6 +81,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     handle = create_server(settings.storage_bind, access=ACCESS, security=settings, stream_window_bytes=WINDOW_BYTES)
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
+    routes = RouteServicer(Routes(models, streams.routing))
+    storage_pb2_grpc.add_RouteServiceServicer_to_server(routes, handle.server)
     consumer = uuid.uuid4().hex
     options = WriterOptions(
         batch_size=settings.batch_size, flush_ms=settings.flush_ms, confirm_after_s=settings.confirm_after_s

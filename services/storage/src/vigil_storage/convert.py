@@ -20,7 +20,7 @@ from vigil_storage.reviews import Remark
 if TYPE_CHECKING:
     from google.rpc.status_pb2 import Status
     from vigil_common.store.ports import ModelInfo, StoredRecord
-    from vigil_common.streams.ports import QueuedOutcome
+    from vigil_common.streams.ports import Candidate, Live, QueuedOutcome, Route
 
     from vigil_storage.annotations import Annotation
 
@@ -251,3 +251,13 @@ def model_of(info: ModelInfo) -> storage_pb2.Model:
         published_by=info.published_by,
         deprecated=info.deprecated,
     )
+
+
+def route_of(route: Route) -> storage_pb2.Route:
+    """Roles of a model's versions."""
+
+    def version(found: Live | Candidate) -> types_pb2.ModelVersion:
+        return types_pb2.ModelVersion(name=route.model, version=found.version, digest=found.digest)
+
+    candidate = version(route.candidate) if route.candidate else None
+    return storage_pb2.Route(live=version(route.live), candidate=candidate, comparison=route.comparison)

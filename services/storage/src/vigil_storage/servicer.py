@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vigil_storage.app import Storage
     from vigil_storage.reviews import Reviews
+    from vigil_storage.routes import Routes
 
 
 class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
@@ -132,3 +133,35 @@ class ModelServicer(storage_pb2_grpc.ModelServiceServicer):
         authorize(request.name)
         info = await self._app.deprecate(request.name, request.version, request.reason)
         return storage_pb2.DeprecateResponse(model=convert.model_of(info))
+
+
+class RouteServicer(storage_pb2_grpc.RouteServiceServicer):
+    """Which version of a model judges its frames."""
+
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+
+    async def Promote(self, request: storage_pb2.PromoteRequest, _context: Any) -> storage_pb2.PromoteResponse:
+        """Make a version live."""
+        authorize(request.model)
+        threshold = request.threshold if request.HasField("threshold") else None
+        route = await self._routes.promote(request.model, request.version, threshold)
+        return storage_pb2.PromoteResponse(route=convert.route_of(route))
+
+    async def StartComparison(
+        self, request: storage_pb2.StartComparisonRequest, _context: Any
+    ) -> storage_pb2.StartComparisonResponse:
+        """Compare a version with live."""
+        authorize(request.model)
+        threshold = request.threshold if request.HasField("threshold") else None
+        fraction = request.sample_fraction if request.HasField("sample_fraction") else 1.0
+        route = await self._routes.start_comparison(request.model, request.version, threshold, fraction)
+        return storage_pb2.StartComparisonResponse(route=convert.route_of(route))
+
+    async def StopComparison(
+        self, request: storage_pb2.StopComparisonRequest, _context: Any
+    ) -> storage_pb2.StopComparisonResponse:
+        """Compare nothing with live any more."""
+        authorize(request.model)
+        route = await self._routes.stop_comparison(request.model)
+        return storage_pb2.StopComparisonResponse(route=convert.route_of(route))

@@ -534,3 +534,172 @@ class ModelService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class RouteServiceStub:
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    is one step, which ingest and workers follow within a second, and one line "audit" of the log.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Promote = channel.unary_unary(
+                '/vigil.storage.v1.RouteService/Promote',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteResponse.FromString,
+                _registered_method=True)
+        self.StartComparison = channel.unary_unary(
+                '/vigil.storage.v1.RouteService/StartComparison',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StartComparisonRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StartComparisonResponse.FromString,
+                _registered_method=True)
+        self.StopComparison = channel.unary_unary(
+                '/vigil.storage.v1.RouteService/StopComparison',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StopComparisonRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StopComparisonResponse.FromString,
+                _registered_method=True)
+
+
+class RouteServiceServicer:
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    is one step, which ingest and workers follow within a second, and one line "audit" of the log.
+    """
+
+    def Promote(self, request, context):
+        """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
+        UNAVAILABLE where somebody else changed the route at the same moment: the same call again is right.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartComparison(self, request, context):
+        """Compare a published version with live from now on. NOT_FOUND where nothing is live, INVALID_ARGUMENT for the live
+        version itself, UNAVAILABLE as for Promote.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopComparison(self, request, context):
+        """End the comparison; its report stays. NOT_FOUND where nothing is live, UNAVAILABLE as for Promote.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RouteServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteResponse.SerializeToString,
+            ),
+            'StartComparison': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartComparison,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StartComparisonRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StartComparisonResponse.SerializeToString,
+            ),
+            'StopComparison': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopComparison,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StopComparisonRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.StopComparisonResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'vigil.storage.v1.RouteService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('vigil.storage.v1.RouteService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RouteService:
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    is one step, which ingest and workers follow within a second, and one line "audit" of the log.
+    """
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.RouteService/Promote',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartComparison(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.RouteService/StartComparison',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.StartComparisonRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.StartComparisonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopComparison(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.RouteService/StopComparison',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.StopComparisonRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.StopComparisonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

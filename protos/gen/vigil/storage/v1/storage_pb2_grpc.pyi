@@ -216,3 +216,76 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class RouteServiceStub:
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    is one step, which ingest and workers follow within a second, and one line "audit" of the log.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> RouteServiceAsyncStub: ...
+    Promote: _grpc.UnaryUnaryMultiCallable[_storage_pb2.PromoteRequest, _storage_pb2.PromoteResponse]
+    """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
+    UNAVAILABLE where somebody else changed the route at the same moment: the same call again is right.
+    """
+    StartComparison: _grpc.UnaryUnaryMultiCallable[_storage_pb2.StartComparisonRequest, _storage_pb2.StartComparisonResponse]
+    """Compare a published version with live from now on. NOT_FOUND where nothing is live, INVALID_ARGUMENT for the live
+    version itself, UNAVAILABLE as for Promote.
+    """
+    StopComparison: _grpc.UnaryUnaryMultiCallable[_storage_pb2.StopComparisonRequest, _storage_pb2.StopComparisonResponse]
+    """End the comparison; its report stays. NOT_FOUND where nothing is live, UNAVAILABLE as for Promote."""
+
+@_typing.type_check_only
+class RouteServiceAsyncStub(RouteServiceStub):
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    is one step, which ingest and workers follow within a second, and one line "audit" of the log.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Promote: _aio.UnaryUnaryMultiCallable[_storage_pb2.PromoteRequest, _storage_pb2.PromoteResponse]  # type: ignore[assignment]
+    """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
+    UNAVAILABLE where somebody else changed the route at the same moment: the same call again is right.
+    """
+    StartComparison: _aio.UnaryUnaryMultiCallable[_storage_pb2.StartComparisonRequest, _storage_pb2.StartComparisonResponse]  # type: ignore[assignment]
+    """Compare a published version with live from now on. NOT_FOUND where nothing is live, INVALID_ARGUMENT for the live
+    version itself, UNAVAILABLE as for Promote.
+    """
+    StopComparison: _aio.UnaryUnaryMultiCallable[_storage_pb2.StopComparisonRequest, _storage_pb2.StopComparisonResponse]  # type: ignore[assignment]
+    """End the comparison; its report stays. NOT_FOUND where nothing is live, UNAVAILABLE as for Promote."""
+
+class RouteServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    is one step, which ingest and workers follow within a second, and one line "audit" of the log.
+    """
+
+    @_abc_1.abstractmethod
+    def Promote(
+        self,
+        request: _storage_pb2.PromoteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.PromoteResponse, _abc.Awaitable[_storage_pb2.PromoteResponse]]:
+        """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
+        UNAVAILABLE where somebody else changed the route at the same moment: the same call again is right.
+        """
+
+    @_abc_1.abstractmethod
+    def StartComparison(
+        self,
+        request: _storage_pb2.StartComparisonRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.StartComparisonResponse, _abc.Awaitable[_storage_pb2.StartComparisonResponse]]:
+        """Compare a published version with live from now on. NOT_FOUND where nothing is live, INVALID_ARGUMENT for the live
+        version itself, UNAVAILABLE as for Promote.
+        """
+
+    @_abc_1.abstractmethod
+    def StopComparison(
+        self,
+        request: _storage_pb2.StopComparisonRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.StopComparisonResponse, _abc.Awaitable[_storage_pb2.StopComparisonResponse]]:
+        """End the comparison; its report stays. NOT_FOUND where nothing is live, UNAVAILABLE as for Promote."""
+
+def add_RouteServiceServicer_to_server(servicer: RouteServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

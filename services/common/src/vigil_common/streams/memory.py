@@ -21,6 +21,7 @@ from vigil_common.streams.ports import (
     ReportPlace,
     Route,
     check_roles,
+    route_changed,
     sampled,
 )
 
@@ -417,11 +418,15 @@ class MemoryRouting:
         left = (model for model in self._generations if self._streams.state(model).frames)
         return sorted({*self._routes, *left})
 
-    async def write(self, model: str, *, live: Live, candidate: Candidate | None = None) -> Route:
+    async def write(
+        self, model: str, *, live: Live, candidate: Candidate | None = None, after: int | None = None
+    ) -> Route:
         """Write the whole record."""
         check_roles(live, candidate)
-        generation = self._generations[model] = self._generations.get(model, 0) + 1
         before = self._routes.get(model)
+        if after is not None and after != (before.generation if before else 0):
+            raise route_changed(model)
+        generation = self._generations[model] = self._generations.get(model, 0) + 1
         comparison = generation if candidate else 0
         if candidate and before and before.candidate:
             old = before.candidate
@@ -450,9 +455,11 @@ class MemoryRouting:
         await self._streams.changed()
         return route
 
-    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
+    async def promote(
+        self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None
+    ) -> Route:
         """Make a version live and end any comparison."""
-        return await self.write(model, live=Live(version, digest, threshold))
+        return await self.write(model, live=Live(version, digest, threshold), after=after)
 
     async def remove(self, model: str) -> None:
         """Delete the route."""

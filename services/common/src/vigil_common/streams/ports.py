@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from vigil_common.errors import InvalidInput
+from vigil_common.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -261,6 +261,11 @@ def sampled(frame_id: str, fraction: float) -> bool:
     return place / 2**32 < fraction
 
 
+def route_changed(model: str) -> Unavailable:
+    """What a write says that was made for another route than the one that stands."""
+    return Unavailable("ROUTE_CHANGED", f"somebody else changed the route of {model} just now; try again")
+
+
 def check_roles(live: Live, candidate: Candidate | None) -> None:
     """Raise `InvalidInput` CANDIDATE_IS_LIVE where a version would be compared with itself."""
     if candidate is not None and candidate.digest == live.digest:
@@ -280,16 +285,21 @@ class RoutingTable(Protocol):
         """Every model that has a route, or had one and has frames left."""
         ...
 
-    async def write(self, model: str, *, live: Live, candidate: Candidate | None = None) -> Route:
+    async def write(
+        self, model: str, *, live: Live, candidate: Candidate | None = None, after: int | None = None
+    ) -> Route:
         """Write the whole record; workers, ingest and shadow follow within a second.
 
         Another candidate, live version or threshold than before begins a new comparison, with the frames admitted from
-        then on. `InvalidInput` CANDIDATE_IS_LIVE where both are the same.
+        then on. `InvalidInput` CANDIDATE_IS_LIVE where both are the same. With `after`, `Unavailable` ROUTE_CHANGED
+        where another generation stands meanwhile (0: nothing is live).
         """
         ...
 
-    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
-        """Make a version live and end any comparison."""
+    async def promote(
+        self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None
+    ) -> Route:
+        """Make a version live and end any comparison; `after` as for `write`."""
         ...
 
     async def remove(self, model: str) -> None:

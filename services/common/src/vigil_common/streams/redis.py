@@ -54,6 +54,7 @@ from vigil_common.streams.ports import (
     ReportStep,
     Route,
     check_roles,
+    route_changed,
 )
 
 if TYPE_CHECKING:
@@ -638,7 +639,9 @@ class RedisRouting:
         """Every model that has a route, or had one and has frames left."""
         return sorted(name.decode() for name in await self._connection.command("SMEMBERS", MODELS))
 
-    async def write(self, model: str, *, live: Live, candidate: Candidate | None = None) -> Route:
+    async def write(
+        self, model: str, *, live: Live, candidate: Candidate | None = None, after: int | None = None
+    ) -> Route:
         """Write the whole record."""
         check_roles(live, candidate)
         await self._connection.command("SADD", MODELS, model)
@@ -649,12 +652,17 @@ class RedisRouting:
         else:
             fraction = repr(candidate.sample_fraction)
             arguments += [candidate.version, candidate.digest, _text(candidate.threshold), fraction]
+        arguments.append("" if after is None else after)
         generation, comparison = await self._connection.script(ROUTE, self._keys(model), arguments)
+        if not generation:
+            raise route_changed(model)
         return Route(model, live, candidate, int(generation), int(comparison))
 
-    async def promote(self, model: str, *, version: int, digest: str, threshold: float | None) -> Route:
+    async def promote(
+        self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None
+    ) -> Route:
         """Make a version live and end any comparison."""
-        return await self.write(model, live=Live(version, digest, threshold))
+        return await self.write(model, live=Live(version, digest, threshold), after=after)
 
     async def remove(self, model: str) -> None:
         """Delete the route; storage goes on with what is left."""

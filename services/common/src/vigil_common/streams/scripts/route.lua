@@ -1,9 +1,14 @@
 #!lua flags=allow-oom
 -- Writes a model's whole route in one step; the change's stream id is its generation.
 -- KEYS: routing, changes, frames.  ARGV: prefix, seconds that a report is kept, version, digest, threshold ('' for the
--- bundle's own), then the candidate's version, digest, threshold, sample fraction (version '' for none).
+-- bundle's own), then the candidate's version, digest, threshold, sample fraction (version '' for none), then the
+-- generation that must still stand ('0': nothing is live; '' for whatever stands), else nothing changes and 0 comes back.
 -- What is compared (both digests and thresholds) has a number of its own, the generation in which it began: another
 -- pair begins another comparison, with a report of its own and the frames that come after.
+if ARGV[10] ~= '' then
+  local stands = redis.call('HMGET', KEYS[1], 'version', 'generation')
+  if (stands[1] and stands[2] or '0') ~= ARGV[10] then return {0, 0} end
+end
 local generation = redis.call('HINCRBY', KEYS[1], 'generation', 1)
 local old = redis.call('HMGET', KEYS[1], 'digest', 'threshold', 'candidate_digest', 'candidate_threshold', 'comparison')
 redis.call('HSET', KEYS[1], 'version', ARGV[3], 'digest', ARGV[4], 'threshold', ARGV[5])

@@ -1,0 +1,67 @@
+"""Which version of a model judges its frames, as a token of the role admin may change it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import grpc
+from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
+
+from vigil_client import convert
+from vigil_client.channel import Connected
+from vigil_client.types import ServiceError
+
+if TYPE_CHECKING:
+    from vigil_client.types import Route
+
+_CALL_S = 60.0
+
+
+class RouteClient(Connected):
+    """Asks storage; every method raises `ServiceError` with the service's code, reason and message.
+
+    Args:
+        address: Storage as "host:port".
+        channel_credentials: For TLS; where None as the environment says, see `vigil_client.channel.connect`.
+        token: Sent as a bearer token.
+    """
+
+    def __init__(
+        self, address: str, *, channel_credentials: grpc.ChannelCredentials | None = None, token: str | None = None
+    ) -> None:
+        super().__init__(address, channel_credentials, token)
+
+    @property
+    def _stub(self) -> storage_pb2_grpc.RouteServiceAsyncStub:
+        return storage_pb2_grpc.RouteServiceStub(self.channel)
+
+    async def promote(self, model: str, version: int = 0, *, threshold: float | None = None) -> Route:
+        """Make a published version live, the newest where it is 0; ingest and workers follow within a second."""
+        request = storage_pb2.PromoteRequest(model=model, version=version, threshold=threshold)
+        try:
+            response = await self._stub.Promote(request, metadata=self.metadata, timeout=_CALL_S)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.route(response.route)
+
+    async def start_comparison(
+        self, model: str, version: int = 0, *, threshold: float | None = None, sample_fraction: float = 1.0
+    ) -> Route:
+        """Compare a published version with live, the newest where it is 0, on this part of the frames."""
+        request = storage_pb2.StartComparisonRequest(
+            model=model, version=version, threshold=threshold, sample_fraction=sample_fraction
+        )
+        try:
+            response = await self._stub.StartComparison(request, metadata=self.metadata, timeout=_CALL_S)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.route(response.route)
+
+    async def stop_comparison(self, model: str) -> Route:
+        """Compare nothing with live any more; the report stays."""
+        request = storage_pb2.StopComparisonRequest(model=model)
+        try:
+            response = await self._stub.StopComparison(request, metadata=self.metadata, timeout=_CALL_S)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return convert.route(response.route)
