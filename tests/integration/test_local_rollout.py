@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from typer.testing import CliRunner
+from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil_cli import rollout
 from vigil_cli.local.operator import ResourceFiles, look_after
 from vigil_cli.local.stack import LocalStack
 from vigil_cli.main import app
 from vigil_client import Frame, Result, StorageClient, VigilClient
-from vigil_common.errors import InvalidInput
+from vigil_client.channel import connect
+from vigil_common.errors import InvalidInput, Unavailable
+from vigil_common.grpc.workers import worker_address
 from vigil_common.streams.redis import RedisStreams
 from vigil_trainer import train
 
@@ -52,6 +55,14 @@ async def _until(files: ResourceFiles, phase: str, live: int) -> dict[str, Any]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"not {phase} with {live}: {json.dumps(status)}")
         await asyncio.sleep(0.05)
+
+
+async def _live_by_file(stack: LocalStack) -> int:
+    """The version of the worker that pictures are asked of."""
+    async with connect(worker_address(stack.inference_address, MODEL)) as channel:
+        stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+        said = await stub.Predict(inference_pb2.PredictRequest(image=load_cells().test_images[0]), timeout=10)
+    return said.verdict.model.version
 
 
 @dataclass
@@ -117,18 +128,22 @@ async def test_promotion_and_rollback_under_a_stream_lose_no_frame_and_answer_no
         await stream.frames(40)
         files.apply(_yaml(2, strategy="Immediate"))
         await _until(files, "Live", 2)
+        assert await _live_by_file(stack) == 2
         promoted_at = time.monotonic()
         await stream.frames(40)
         answer = await asyncio.to_thread(CliRunner().invoke, app, ["rollback", "line"])
         assert answer.exit_code == 0, answer.output
         assert "line: Held, version 1 is live" in answer.output
         await stream.frames(40)
+        assert await _live_by_file(stack) == 1
         stream.done.set()
         await streaming
         await _settled(stack.redis_url)
         stored = [frame.frame_id async for frame in storage.frames_query(MODEL)]
         files.delete("line")
         await _holds(lambda: not stack.worker_addresses)
+        with pytest.raises(Unavailable):
+            worker_address(stack.inference_address, MODEL)
         stop.set()
         await operating
 

@@ -19,6 +19,8 @@ from vigil_cli.demo import split_cells
 from vigil_cli.local import find_store
 from vigil_cli.local.process import Process
 from vigil_cli.sources import SourceError, open_source
+from vigil_common.errors import Unavailable
+from vigil_common.grpc.workers import worker_address
 
 DEADLINE_S = 20.0
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
@@ -140,3 +142,17 @@ def test_folders_globs_and_videos_are_told_apart(tmp_path: Path) -> None:
     assert source.total is None
     with pytest.raises(SourceError, match="no image in"):
         open_source([str(tmp_path / "*.webp")])
+
+
+def test_the_live_worker_s_address_is_read_anew_at_each_call(tmp_path: Path) -> None:
+    setting = f"file:{tmp_path}/live/{{model}}"
+    with pytest.raises(Unavailable, match="no worker of cells"):
+        worker_address(setting, "cells")
+    (tmp_path / "live").mkdir()
+    for address in ("127.0.0.1:1", "127.0.0.1:2"):
+        (tmp_path / "live" / "cells").write_text(f"{address}\n")
+        assert worker_address(setting, "cells") == address
+    (tmp_path / "secret").write_text("elsewhere:1")
+    with pytest.raises(Unavailable):
+        worker_address(setting, "../secret")
+    assert worker_address("vigil-{model}.ns.svc:50052", "cells") == "vigil-cells.ns.svc:50052"

@@ -8,12 +8,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import typer
 from rich.table import Column, Table
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_client import HumanLabel, ReviewedFrame, ReviewItem, StorageClient
 from vigil_client.channel import connect, metadata
+from vigil_common.errors import Unavailable
+from vigil_common.grpc.workers import worker_address
 
 from vigil_cli import openraster
 from vigil_cli.annotate import Author
@@ -49,7 +52,10 @@ def review(
     author: Author = None,
     inference_address: Annotated[
         str | None,
-        typer.Option(envvar="VIGIL_INFERENCE_ADDRESS", help="A worker: its mask is what you begin with."),
+        typer.Option(
+            envvar="VIGIL_INFERENCE_ADDRESS",
+            help="A worker, or file:PATH of what names it: begin with its mask.",
+        ),
     ] = None,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
@@ -119,14 +125,19 @@ async def edit(program: str, found: ReviewedFrame, mask: bytes | None) -> bytes 
 
 
 async def _predicted(address: str | None, token: str | None, found: ReviewedFrame) -> bytes | None:
-    """What the live version marks, of frames that it finds anomalous; None where no worker is named."""
+    """What the live version marks, of frames that it finds anomalous; None where no worker is named or answers."""
     if address is None or found.frame.verdict is None or not found.frame.verdict.anomalous:
         return None
     outputs = types_pb2.OutputOptions(mask=True)
-    async with connect(address) as channel:
-        stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
-        request = inference_pb2.PredictRequest(image=found.image, outputs=outputs)
-        answer = await stub.Predict(request, metadata=metadata(token), timeout=_PREDICT_S)
+    request = inference_pb2.PredictRequest(image=found.image, outputs=outputs)
+    try:
+        async with connect(worker_address(address, found.frame.model)) as channel:
+            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+            answer = await stub.Predict(request, metadata=metadata(token), timeout=_PREDICT_S)
+    except (Unavailable, grpc.aio.AioRpcError) as error:
+        why = error.message if isinstance(error, Unavailable) else error.details()
+        errors.print(f"{found.frame.frame_id}: the mask begins empty ({why})", highlight=False)
+        return None
     return answer.verdict.mask.data or None
 
 

@@ -331,11 +331,12 @@ def up(folder: Folder = FOLDER) -> None:
                     "VIGIL_ADDRESS": stack.ingest_address,
                     "VIGIL_STORAGE_ADDRESS": stack.storage_address,
                     "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
+                    "VIGIL_INFERENCE_ADDRESS": stack.inference_address,
                     "VIGIL_LOCAL": str(stack.folder),
                 }
                 lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())
                 (stack.folder / "env").write_text(lines)
-                say(f"review page: {await stack.add_review()}")
+                say(f"review page: {await stack.add_review(inference_address=stack.inference_address)}")
                 say(f"up; in other terminals first: source {stack.folder / 'env'}")
                 await look_after(stack, stop)
         except StackError as error:

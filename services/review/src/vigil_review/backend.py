@@ -11,7 +11,9 @@ import yaml
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
+from vigil_common.errors import Unavailable
 from vigil_common.grpc.security import connect
+from vigil_common.grpc.workers import worker_address
 
 from vigil_review.domain import Detail, Frame, Said, Version
 
@@ -158,7 +160,10 @@ class Backend:
 
     async def pictures(self, model: str, image: bytes) -> tuple[bytes, bytes]:
         """The live version's heat map over the image, and its mask (PNG); empty where it gives none."""
-        address = self._settings.inference_address.replace("{model}", model)
+        try:
+            address = worker_address(self._settings.inference_address, model)
+        except Unavailable as error:
+            raise BackendError(grpc.StatusCode.UNAVAILABLE, error.message) from error
         if address not in self._workers:
             self._workers[address] = connect(address, self._settings)
         stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(

@@ -209,7 +209,9 @@ class LocalWorkers:
         return [Problem("CrashLoop", f"{process} ended: {tail.splitlines()[-1]}", final=often)]
 
     async def ensure_model(self, resource: Resource, live: str | None) -> None:
-        """Nothing stands between a client and the workers here."""
+        """Frames come by the queue; who looks at pictures is led to the first of the live version's workers."""
+        processes = self._started.get(self._key(resource, live), {}) if live is not None else {}
+        self.stack.note_live(resource.spec.source.model, next(iter(processes), None))
 
     async def ensure(self, resource: Resource, version: int, digest: str) -> None:
         """As many processes as there should be, with the settings that they should have."""
@@ -319,6 +321,7 @@ async def _loop(
             files.drop_status(name)
             model = known.pop(name)
             if model not in owners:
+                workers.stack.note_live(model, None)
                 with suppress(VigilError):
                     await streams.routing.remove(model)
         for name, body in bodies.items():

@@ -66,6 +66,7 @@ class LocalStack:
         self.ingest_address = ""
         self.shadow_address = ""
         self.worker_addresses: dict[str, str] = {}
+        self.live_workers = self.folder / "live"
         self._maxmemory = maxmemory
         self._ready_s = ready_s
         self._service_env = {"VIGIL_LOG_LEVEL": log_level, **(env or {})}
@@ -147,6 +148,23 @@ class LocalStack:
         self.worker_addresses[name] = self._bind(name)
         self._processes[name].start()
 
+    @property
+    def inference_address(self) -> str:
+        """Where the live workers of each model are, as `vigil_common.grpc.workers` reads it."""
+        return f"file:{self.live_workers}/{{model}}"
+
+    def note_live(self, model: str, name: str | None) -> None:
+        """Say which worker answers questions about a model's frames; nobody where None."""
+        path = self.live_workers / model
+        address = None if name is None else self.worker_addresses[name]
+        if address is None:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_text() != address:
+            self.live_workers.mkdir(exist_ok=True)
+            part = self.live_workers / f".{model}"
+            part.write_text(address)
+            part.replace(path)
+
     async def remove_worker(self, name: str) -> None:
         """End a worker in order, and forget it."""
         del self.worker_addresses[name]
@@ -164,7 +182,8 @@ class LocalStack:
         """Start the review page.
 
         Args:
-            inference_address: A worker that is asked for heat maps and masks; none where empty.
+            inference_address: Who is asked for heat maps and masks, as `vigil_common.grpc.workers`; nobody where
+                empty.
 
         Returns:
             Its URL.
