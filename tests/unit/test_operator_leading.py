@@ -89,6 +89,8 @@ async def test_the_later_one_stands_by_until_the_first_lets_go() -> None:
     keeping = asyncio.create_task(first.keep(stop))
     stop.set()
     await keeping
+    assert await stands_by(second)
+    await first.let_go()
     assert await second.take(asyncio.Event())
 
 
@@ -128,6 +130,7 @@ async def test_who_was_away_for_long_comes_last_and_ends() -> None:
     with pytest.raises(Unavailable, match="b/op leads by now"):
         await first.keep(stop)
     assert stop.is_set()
+    await first.let_go()
     assert ("a", "op") not in server.bodies
 
 
@@ -145,4 +148,5 @@ async def test_a_server_that_is_away_ends_nothing() -> None:
     assert server.bodies["a", "op"]["metadata"]["annotations"][SINCE] == "100"
     stop.set()
     await keeping
+    await first.let_go()
     assert not server.bodies

@@ -27,6 +27,8 @@ from vigil_operator.spec import GROUP, KIND, VERSION
 from vigil_operator.workers import KubernetesWorkers
 
 if TYPE_CHECKING:
+    from vigil_common.streams.ports import RoutingTable
+
     from vigil_operator.config import Settings
 
 RETRY_S = 1.0
@@ -71,7 +73,6 @@ def kopf_settings() -> kopf.OperatorSettings:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Look after AnomalyModels until stopped. What was under way then, the next operator goes on with."""
     own = kopf_settings()
-    spaces = names(settings.watch_namespaces)
     streams = await RedisStreams.connect(settings.redis_url, security=settings)
     ready = asyncio.Event()
     async with (
@@ -85,42 +86,52 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             namespace=settings.operator_namespace or "default",
             name=settings.operator_name,
             holder=settings.operator_pod or f"{socket.gethostname()}/{os.getpid()}",
-            watched=spaces,
+            watched=names(settings.watch_namespaces),
         )
         try:
-            if not await leadership.take(stop):
-                return
-            keeping = asyncio.create_task(leadership.keep(stop))
-            try:
-                workers = KubernetesWorkers(api, settings.workers(), settings)
-                notes = KubernetesNotes(api)
-                registry = GrpcRegistry(storage)
-                reconciler = Reconciler(
-                    workers=workers,
-                    notes=notes,
-                    registry=registry,
-                    routing=streams.routing,
-                    reports=GrpcReports(shadow),
-                )
-                loops = Loops(reconciler, workers, notes, streams.routing, lambda: datetime.now(UTC))
-                # The registry wakes the loops, whose work asks it.
-                registry.changed = loops.wake_models
-                if not await _seen(api, workers, loops, spaces, stop):
-                    return
-                following = asyncio.create_task(registry.follow(stop))
+            if await leadership.take(stop):
+                keeping = asyncio.create_task(leadership.keep(stop))
                 try:
-                    await _run(register(loops, workers), own, api, spaces, stop=stop, ready=ready)
+                    registry, reports = GrpcRegistry(storage), GrpcReports(shadow)
+                    routing = streams.routing
+                    await _lead(settings, own, api, registry, reports=reports, routing=routing, stop=stop, ready=ready)
                 finally:
                     stop.set()
-                    await following
-            finally:
-                stop.set()
-                await keeping
+                    await keeping
         finally:
+            await leadership.let_go()
             if web_server is not None:
                 await web_server.cleanup()
             await streams.close()
     log.info("drained")
+
+
+async def _lead(
+    settings: Settings,
+    own: kopf.OperatorSettings,
+    api: Api,
+    registry: GrpcRegistry,
+    *,
+    reports: GrpcReports,
+    routing: RoutingTable,
+    stop: asyncio.Event,
+    ready: asyncio.Event,
+) -> None:
+    spaces = names(settings.watch_namespaces)
+    workers = KubernetesWorkers(api, settings.workers(), settings)
+    notes = KubernetesNotes(api)
+    reconciler = Reconciler(workers=workers, notes=notes, registry=registry, routing=routing, reports=reports)
+    loops = Loops(reconciler, workers, notes, routing, lambda: datetime.now(UTC))
+    # The registry wakes the loops, whose work asks it.
+    registry.changed = loops.wake_models
+    if not await _seen(api, workers, loops, spaces, stop):
+        return
+    following = asyncio.create_task(registry.follow(stop))
+    try:
+        await _run(register(loops, workers), own, api, spaces, stop=stop, ready=ready)
+    finally:
+        stop.set()
+        await following
 
 
 async def _seen(

@@ -139,28 +139,25 @@ class Leadership:
         return False
 
     async def keep(self, stop: asyncio.Event) -> None:
-        """Renew until stopped, then let go.
+        """Renew until stopped.
 
         Raises:
             Unavailable: OPERATOR_REPLACED: this one was away so long that another leads; everything is stopped.
         """
-        try:
-            while True:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(stop.wait(), RENEW_S)
-                if stop.is_set():
-                    return
-                try:
-                    other = await self._step()
-                except Unavailable as error:
-                    log.warning("cluster_away", detail=error.message)
-                    continue
-                if other is not None:
-                    stop.set()
-                    message = f"{other.namespace}/{other.name} leads by now, from pod {other.holder}"
-                    raise Unavailable("OPERATOR_REPLACED", message)
-        finally:
-            await self._let_go()
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RENEW_S)
+            if stop.is_set():
+                return
+            try:
+                other = await self._step()
+            except Unavailable as error:
+                log.warning("cluster_away", detail=error.message)
+                continue
+            if other is not None:
+                stop.set()
+                message = f"{other.namespace}/{other.name} leads by now, from pod {other.holder}"
+                raise Unavailable("OPERATOR_REPLACED", message)
 
     async def _step(self) -> Claim | None:
         """Take or renew the Lease; whom it must be left to, if to anybody."""
@@ -209,8 +206,8 @@ class Leadership:
         metadata = {"name": name, "namespace": namespace, "labels": COMPONENT, "annotations": notes}
         await self._api.apply({"apiVersion": API, "kind": "Lease", "metadata": metadata, "spec": spec})
 
-    async def _let_go(self) -> None:
-        """So that the next one need not wait."""
+    async def let_go(self) -> None:
+        """Once nothing is done any more; so that the next one need not wait."""
         with suppress(Unavailable, InvalidInput):
             mine = self._mine(await self._list())
             if mine is not None and mine.holder == self._holder:
