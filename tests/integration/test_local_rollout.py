@@ -157,6 +157,38 @@ async def test_promotion_and_rollback_under_a_stream_lose_no_frame_and_answer_no
     print(f"frames={len(stream.sent)} p99 before {before:.0f} ms, around the promotion {around:.0f} ms")
 
 
+async def test_a_model_says_itself_what_is_kept_of_its_normal_frames(tmp_path: Path) -> None:
+    stop, images = asyncio.Event(), load_cells().test_images
+    async with LocalStack(tmp_path / "stack") as stack, StorageClient(stack.storage_address) as storage:
+        await storage.models_publish(trained_bundle(), name=MODEL)
+        files = ResourceFiles(stack.folder)
+        operating = asyncio.create_task(look_after(stack, stop))
+        files.apply(_yaml(1))
+        files.patch("line", {"spec": {"retention": {"normal": {"keepFraction": 0.0}}}})
+        await _until(files, "Live", 1)
+        streams = await RedisStreams.connect(stack.redis_url)
+        expected: list[str] = []
+        async with VigilClient(stack.ingest_address) as client:
+            for fraction in (0.0, 1.0):
+                files.patch("line", {"spec": {"retention": {"normal": {"keepFraction": fraction}}}})
+                deadline = time.monotonic() + DEADLINE_S
+                while await streams.routing.kept_fraction(MODEL) != fraction:
+                    assert time.monotonic() < deadline
+                    await asyncio.sleep(0.05)
+                results = [result async for result in client.stream(Frame(image, MODEL) for image in images[:40])]
+                verdicts = {result.frame_id: result.verdict for result in results if result.verdict is not None}
+                assert len(verdicts) == 40
+                anomalous = [frame for frame, verdict in verdicts.items() if verdict.anomalous]
+                assert 0 < len(anomalous) < 40
+                expected += verdicts if fraction else anomalous
+                await _settled(stack.redis_url)
+        stored = [frame.frame_id async for frame in storage.frames_query(MODEL)]
+        await streams.close()
+        stop.set()
+        await operating
+    assert sorted(stored) == sorted(expected)
+
+
 def test_what_makes_no_sense_is_refused_with_the_field(tmp_path: Path) -> None:
     files = ResourceFiles(tmp_path)
     for text, says in (
