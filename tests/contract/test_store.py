@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from reduct import BucketSettings, Client
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
 from vigil_common.store import labels as gate
 from vigil_common.store.embedded import EmbeddedFrameStore
@@ -303,6 +305,51 @@ async def test_concurrent_writers_of_one_entry_lose_nothing(stores: Stores) -> N
     assert sorted(await found(stores.frames)) == sorted(f"w{w}-{i}" for w in range(6) for i in range(32))
 
 
+async def test_frames_that_come_late_are_all_kept_at_their_times(stores: Stores) -> None:
+    """Over several of ReductStore's blocks, in batches that overlap, with frames of one microsecond and repeats."""
+    rng = random.Random(0)
+    order = sorted(range(1_500), key=lambda number: number + rng.uniform(0, 200))
+    records = [record(f"f{number}", T0 + number // 2 * 1_000) for number in order]
+    for start in range(0, len(records), 60):
+        repeated = rng.sample(records[:start], min(4, start))
+        results = await stores.frames.write([*records[start : start + 60], *repeated])
+        assert all(isinstance(result, Written) for result in results)
+        assert all(isinstance(result, Written) and result.existed for result in results[60:])
+    for number in range(20):
+        assert isinstance((await stores.frames.write([record(f"late{number}", T0 + number * 7_000)]))[0], Written)
+    hits = [hit async for hit in stores.frames.query(FrameFilter(["cells/cam1"]), limit=2_000)]
+    assert len(hits) == len({hit.labels["frame_id"] for hit in hits}) == 1_520
+    assert [hit.timestamp_us for hit in hits] == sorted({hit.timestamp_us for hit in hits})
+    assert all(0 <= hit.timestamp_us - _wanted(hit.labels["frame_id"]) < 3 for hit in hits)
+    expected = {hit.timestamp_us: hit.labels["sha256"] for hit in hits}
+    assert await stores.frames.confirm("cells/cam1", expected) == expected.keys()
+    late = [hit for hit in hits if hit.labels["frame_id"].startswith("late")]
+    assert await stores.frames.label([Labelling(hit.entry, hit.timestamp_us, {"seen": "yes"}) for hit in late]) == [
+        None
+    ] * len(late)
+    assert len(await found(stores.frames, present=["seen"])) == len(late)
+    at_base = await stores.frames.label([Labelling("cells/cam1", hit.timestamp_us, {"again": "yes"}) for hit in late])
+    assert at_base == [None] * len(late)
+    for hit in late:
+        stored, body = await stores.frames.read("cells/cam1", hit.timestamp_us)
+        assert (stored.labels["again"], body.decode()) == ("yes", stored.labels["frame_id"])
+    assert (await stores.frames.find("cells", "late3")).timestamp_us == late[3].timestamp_us
+
+
+def _wanted(frame_id: str) -> int:
+    if frame_id.startswith("late"):
+        return T0 + int(frame_id.removeprefix("late")) * 7_000
+    return T0 + int(frame_id.removeprefix("f")) // 2 * 1_000
+
+
+async def test_the_next_writer_knows_what_the_last_one_wrote(stores: Stores) -> None:
+    await stores.frames.write([record("a", T0), record("c", T0 + 2)])
+    stores.frames.forget("cells")
+    results = await stores.frames.write([record("a", T0), record("b", T0 + 1), record("d", T0 + 2)])
+    assert results == [Written(T0, existed=True), Written(T0 + 1), Written(T0 + 3)]
+    assert await found(stores.frames) == ["a", "b", "c", "d"]
+
+
 def version(number: int, bundle: bytes, name: str = "cells") -> ModelInfo:
     digest = f"sha256:{hashlib.sha256(bundle).hexdigest()}"
     return ModelInfo(name, number, digest, len(bundle), ("onnx", "openvino"), T0, "name: cells\nüñí, 'x'\n")
@@ -454,6 +501,29 @@ async def test_a_record_cut_while_written_is_repaired(server: ReductServer, redu
     result = (await reduct.write([one]))[0]
     assert result == Written(T0)
     assert (await reduct.read("cells/cam1", T0))[1] == one.body
+
+
+@needs_reduct
+async def test_late_records_make_no_block_inside_another(own_server: ReductServer) -> None:
+    """What the server does with one entry, and that the store does not get there."""
+    async with Client(own_server.url) as client:
+        bucket = await client.create_bucket("bare", BucketSettings(max_block_records=64))
+        for time_us in (*range(T0, T0 + 63), T0 + 2_000, T0 + 1_000, T0 + 2_000):
+            await bucket.write("cells/cam1", str(time_us).encode(), time_us)
+        entry = next(entry for entry in await bucket.get_entry_list() if entry.name == "cells/cam1")
+        assert entry.record_count == 66, "the last time was taken already, and no error came"
+        assert len([one async for one in bucket.query("cells/cam1", head=True)]) < 66
+    store = await ReductFrameStore.open(own_server.url)
+    try:
+        batches = [range(T0 + start, T0 + min(start + 64, 1_023)) for start in range(0, 1_023, 64)]
+        for times_us in (*batches, [T0 + 20_000], [T0 + 10_000], [T0 + 20_000]):
+            records = [record(f"f{uuid.uuid4()}", time_us) for time_us in times_us]
+            assert all(isinstance(one, Written) for one in await store.write(records))
+        times = [hit.timestamp_us async for hit in store.query(FrameFilter(["cells/cam1"]), limit=2_000)]
+        assert times[-3:] == [T0 + 10_000, T0 + 20_000, T0 + 20_001]
+        assert len(times) == 1_026
+    finally:
+        await store.close()
 
 
 @needs_reduct

@@ -14,7 +14,6 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -22,12 +21,13 @@ from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import NotFound, Unavailable, VigilError
 from vigil_common.logging import get_logger
+from vigil_common.store.find import runs
 from vigil_common.store.ports import FrameFilter, Labelling
 
 from vigil_storage import convert, metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from vigil_common.store.ports import FrameStore, StoredRecord
     from vigil_common.streams.ports import ComparisonSource
@@ -199,17 +199,7 @@ class ComparisonLabeller:
             captured_us = convert.to_us(one.comparison.captured_at)
             times[f"{self._model}/{one.comparison.camera}"].append(captured_us)
         for entry, found in times.items():
-            for start, stop in _ranges(sorted(found)):
+            for start, stop in runs(sorted(found), GAP_US):
                 where = FrameFilter([entry], start_us=start, stop_us=stop + SLACK_US)
                 async for record in self._store.query(where, limit=MOST_PER_LOOK):
                     yield record
-
-
-def _ranges(times: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of sorted times that are near each other."""
-    start = times[0]
-    for before, after in pairwise(times):
-        if after - before > GAP_US:
-            yield start, before
-            start = after
-    yield start, times[-1]

@@ -115,6 +115,7 @@ class FrameWriter:
         self._unconfirmed.clear()
         self._held.clear()
         self._replay = True
+        self._store.forget(self._model)
         self._log.info("storage_owns")
         beside = [work() for work in self._beside]
         parts = [asyncio.create_task(part) for part in (self._keep(), self._pump(stop), self._settle(), *beside)]
@@ -126,6 +127,7 @@ class FrameWriter:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
+            self._store.forget(self._model)
 
     async def _keep(self) -> None:
         """Renew the lease; returns once it is lost."""
@@ -182,8 +184,7 @@ class FrameWriter:
             out = await self._sampling.left_out([record for _, record in todo])
             await self._leave_out([outcome for (outcome, _), left in zip(todo, out, strict=True) if left])
             todo = [one for one, left in zip(todo, out, strict=True) if not left]
-        # By time: where ReductStore begins its next block (1,024 records) with a record earlier than the last, it takes
-        # the times in between twice, and what the older block has there is found by no query any more.
+        # By time: what comes late costs a look, and a track of its own.
         todo.sort(key=lambda one: (one[1].entry, one[1].timestamp_us))
         # One entry is in one lane: the store takes one batch at a time for it.
         lanes: dict[int, list[tuple[QueuedOutcome, Record]]] = defaultdict(list)

@@ -197,6 +197,9 @@ class EmbeddedFrameStore:
             rows = await self._db.execute_fetchall(statement, (entry, min(expected), max(expected)))
         return {at for at, sha256 in rows if expected.get(at) == sha256}
 
+    def forget(self, model: str) -> None:
+        """Nothing is known here that is not in the file."""
+
     async def uptime_s(self) -> float:
         """Nothing is lost with a restart: it has always been up."""
         return math.inf

@@ -1,8 +1,9 @@
-"""The search for a frame by its id, the same on every store."""
+"""The search for frames, the same on every store."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import NotFound
@@ -10,6 +11,8 @@ from vigil_common.store.ids import uuid7_time_us
 from vigil_common.store.ports import FrameFilter
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from vigil_common.store.ports import FrameStore, StoredRecord
 
 WINDOW_US = 120_000_000
@@ -26,3 +29,13 @@ async def find_frame(store: FrameStore, model: str, frame_id: str, camera: str |
         async for record in store.query(window, limit=1):
             return record
     raise NotFound("UNKNOWN_FRAME", f"no frame {frame_id} of model {model} is stored")
+
+
+def runs(times: Sequence[int], gap_us: int) -> Iterator[tuple[int, int]]:
+    """First and last of each run of ascending times that are near each other; at least one time is needed."""
+    start = times[0]
+    for before, after in pairwise(times):
+        if after - before > gap_us:
+            yield start, before
+            start = after
+    yield start, times[-1]

@@ -21,7 +21,8 @@ MAX_BYTES = 7_000
 MAX_CHANGE_BYTES = 600
 MAX_TIMESTAMP_US = 2**62
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-ENTRY = re.compile(r"[A-Za-z0-9_-]{1,64}(/[A-Za-z0-9_-]{1,64})?")
+# The third part is a track's number, as found in a store.
+ENTRY = re.compile(r"[A-Za-z0-9_-]{1,64}/[A-Za-z0-9_-]{1,64}(/[0-9]{1,2})?")
 CONTENT_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
 # Printable ASCII without comma, quote and percent, and no blank at either end: travels as it is.
 _PLAIN = re.compile(r"[!#$&-+\--~](?:[ !#$&-+\--~]*[!#$&-+\--~])?")

@@ -49,7 +49,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record as found, without its body."""
+    """A record as found, without its body; the entry may be one of several in which its camera's records stand."""
 
     entry: str
     timestamp_us: int
@@ -125,6 +125,10 @@ class FrameStore(Protocol):
 
     async def uptime_s(self) -> float:
         """Seconds since the server started: a drop means a restart, after which unconfirmed records may be gone."""
+        ...
+
+    def forget(self, model: str) -> None:
+        """Another process may have written frames of this model: rely on nothing known of them before."""
         ...
 
     def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:

@@ -1,8 +1,9 @@
 """The stores on ReductStore 1.21.
 
 What decides the code, each pinned by a contract test: an acknowledged write may be lost with the server (hence
-`confirm`), one writer per entry, label names that kill the server (hence `labels.check`), 409 does not mean stored,
-a batch holds about 90 records and 512,000 header bytes, and queries guess the types of labels.
+`confirm`), one writer per entry, records that come late damage an entry (hence `tracks`), label names that kill the
+server (hence `labels.check`), 409 does not mean stored, a batch holds about 90 records and 512,000 header bytes, and
+queries guess the types of labels.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import heapq
+import math
 import re
+import time
+from collections import Counter, defaultdict
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from reduct import BucketSettings, QuotaType, RecordBatch, ReductError
 
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable, VigilError
 from vigil_common.store import labels as gate
-from vigil_common.store.find import find_frame
+from vigil_common.store.find import find_frame, runs
 from vigil_common.store.ports import FrameFilter, StoredRecord, Written
 from vigil_common.store.reduct_client import (
     BROKEN,
@@ -34,6 +38,7 @@ from vigil_common.store.reduct_client import (
     translated,
     unavailable,
 )
+from vigil_common.store.tracks import Tracks, base_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -48,6 +53,11 @@ BATCH_BODY_BYTES = 32 << 20
 BLOCKS, MAX_BLOCK_BYTES, FULL_BLOCKS = 16, 64_000_000, 3
 # How many taken microseconds a record may be moved past.
 MAX_MOVES = 10_000
+# How far around late records to look for what stands there already, and which of them by one query.
+LOOK_US = 1_000
+LATE_GAP_US = 1_000_000
+# How long a new track of another process may be overlooked.
+LISTED_S = 1.0
 # One head query spans at most this much of an entry that has nothing to confirm in it.
 CONFIRM_GAP_US = 10_000_000
 _NO_TIME_LEFT = "Start time must be before stop time"
@@ -103,6 +113,9 @@ class ReductFrameStore:
         self._stride_us = stride_us
         self._quota_bytes = quota_bytes
         self._locks: dict[str, asyncio.Lock] = {}
+        self.tracks = Tracks()
+        self._existing: list[str] = []
+        self._listed_at = -math.inf
 
     @classmethod
     async def open(
@@ -141,6 +154,7 @@ class ReductFrameStore:
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch; see the port."""
+        records = [replace(record, entry=base_of(record.entry)) for record in records]
         results: dict[int, Written | Exception] = {}
         todo: list[int] = []
         for index, record in enumerate(records):
@@ -153,7 +167,12 @@ class ReductFrameStore:
             # Sorted, so that two batches over the same entries can't wait for each other.
             for entry in sorted({records[index].entry for index in todo}):
                 await stack.enter_async_context(self._locks.setdefault(entry, asyncio.Lock()))
-            places, twins = _places(records, todo, results)
+            first, twins = _twins(records, todo, results)
+            try:
+                places = await self._places(records, first, results)
+            except VigilError as error:
+                results |= {index: error for index in first if index not in results}
+                places = {}
             for _ in range(MAX_MOVES):
                 if not places:
                     break
@@ -161,41 +180,78 @@ class ReductFrameStore:
         for index in places:
             results[index] = Unavailable("NO_FREE_TIME", "no free microsecond near this frame's time")
         for index, twin in twins.items():
-            first = results[twin]
-            results[index] = replace(first, existed=True) if isinstance(first, Written) else first
+            result = results[twin]
+            results[index] = replace(result, existed=True) if isinstance(result, Written) else result
         return [results[index] for index in range(len(records))]
 
+    async def _places(
+        self, records: Sequence[Record], indexes: Sequence[int], results: dict[int, Written | Exception]
+    ) -> dict[int, tuple[str, int]]:
+        """The track and the time where each shall be written, by time; what stands already has its result here."""
+        places: dict[int, tuple[str, int]] = {}
+        by_base: dict[str, list[int]] = defaultdict(list)
+        for index in sorted(indexes, key=lambda index: records[index].timestamp_us):
+            by_base[records[index].entry].append(index)
+        for base, ours in by_base.items():
+            await self._learn(base)
+            standing = _Standing(self, base)
+            await standing.look_around([records[index].timestamp_us for index in ours])
+            free: list[tuple[int, int]] = []
+            for index in ours:
+                record = records[index]
+                at = record.timestamp_us
+                while (other := await standing.at(at)) is not None and other.frame_id != record.labels["frame_id"]:
+                    at += self._stride_us
+                if other is not None:
+                    same = (other.sha256, other.size_bytes) == (record.labels["sha256"], len(record.body))
+                    results[index] = Written(at, existed=True) if same else _reused(record)
+                    continue
+                standing.put(at, _Frame(record.labels["frame_id"], record.labels["sha256"], len(record.body)))
+                free.append((at, index))
+            free.sort()
+            names = self.tracks.assign(base, [at for at, _ in free])
+            places |= {index: (name, at) for (at, index), name in zip(free, names, strict=True)}
+        return places
+
+    async def _learn(self, base: str) -> None:
+        if not self.tracks.knows(base):
+            async with translated():
+                latest = {entry.name: entry.latest_record for entry in await self._bucket.get_entry_list()}
+            self.tracks.learn(base.partition("/")[0], latest)
+
+    def forget(self, model: str) -> None:
+        """Look at the server again before this model is written to; see the port."""
+        self.tracks.forget(model)
+
     async def _write_round(
-        self, records: Sequence[Record], places: Mapping[int, int], results: dict[int, Written | Exception]
-    ) -> dict[int, int]:
+        self, records: Sequence[Record], places: Mapping[int, tuple[str, int]], results: dict[int, Written | Exception]
+    ) -> dict[int, tuple[str, int]]:
         """Write each to its place once; returns those to try again, with their new places."""
-        now, again = _apart(records, places)
+        now, again = _apart(places)
         for chunk in _chunks(records, now):
             batch = RecordBatch()
-            for index, at in chunk:
+            for index, (track, at) in chunk:
                 record = records[index]
                 values = {name: gate.encode(value) for name, value in record.labels.items()}
-                batch.add(record.entry, at, record.body, content_type=record.content_type, labels=values)
+                batch.add(track, at, record.body, content_type=record.content_type, labels=values)
             failed: BaseException | None = None
             errors: dict[str, dict[int, ReductError]] = {}
             try:
                 errors = await self._bucket.write_record_batch(batch)
             except (*TROUBLE, ValueError) as error:
                 failed = error
-            for index, at in chunk:
-                record = records[index]
-                trouble = failed or errors.get(record.entry, {}).get(at)
-                if trouble is None:
-                    results[index] = Written(at)
-                    continue
-                outcome = await self._resolve(record, at, trouble)
+            for index, (track, at) in chunk:
+                trouble = failed or errors.get(track, {}).get(at)
+                outcome = Written(at) if trouble is None else await self._resolve(records[index], track, at, trouble)
                 if isinstance(outcome, int):
-                    again[index] = outcome
-                else:
-                    results[index] = outcome
+                    again[index] = (track, outcome)
+                    continue
+                results[index] = outcome
+                if isinstance(outcome, Written):
+                    self.tracks.written(track, at)
         return again
 
-    async def _resolve(self, record: Record, at: int, trouble: BaseException) -> Written | Exception | int:
+    async def _resolve(self, record: Record, track: str, at: int, trouble: BaseException) -> Written | Exception | int:
         """What stands at a record's place after trouble: its result, or the time to write it at next.
 
         The caller holds the entry's lock: nothing of ours is in flight.
@@ -203,10 +259,10 @@ class ReductFrameStore:
         if status(trouble) not in (CONFLICT, TOO_EARLY, BROKEN, NETWORK):
             return translate(trouble)
         try:
-            async with self._bucket.read(record.entry, at, head=True) as found:
+            async with self._bucket.read(track, at, head=True) as found:
                 stored = _stored(found)
         except TROUBLE as error:
-            failure = await self._clear(record.entry, at, error)
+            failure = await self._clear(track, at, error)
             # A whole call that failed is the caller's to repeat, with its own patience.
             return failure or (unavailable(trouble) if status(trouble) == NETWORK else at)
         if stored.labels.get("frame_id") != record.labels["frame_id"]:
@@ -242,7 +298,7 @@ class ReductFrameStore:
             turns[place] = turns.get(place, -1) + 1
             rounds.setdefault(turns[place], []).append(index)
         async with AsyncExitStack() as stack:
-            for entry in sorted({changes[index].entry for indexes in rounds.values() for index in indexes}):
+            for entry in sorted({base_of(changes[index].entry) for indexes in rounds.values() for index in indexes}):
                 await stack.enter_async_context(self._locks.setdefault(entry, asyncio.Lock()))
             for _, indexes in sorted(rounds.items()):
                 for start in range(0, len(indexes), BATCH_RECORDS):
@@ -262,33 +318,44 @@ class ReductFrameStore:
         results: dict[int, VigilError | None] = {}
         for index, change in changes.items():
             trouble = errors.get(change.entry, {}).get(change.timestamp_us)
-            missing = trouble is not None and status(trouble) == NOT_FOUND
-            if missing:
-                results[index] = _no_record(change.entry, change.timestamp_us)
+            if trouble is None:
+                results[index] = None
+            elif status(trouble) == NOT_FOUND:
+                results[index] = await self._label_elsewhere(change)
             else:
-                results[index] = translate(trouble) if trouble is not None else None
+                results[index] = translate(trouble)
         return results
+
+    async def _label_elsewhere(self, change: Labelling) -> VigilError | None:
+        """Label a record that stands in another of the camera's tracks than was said."""
+        try:
+            async for stored in self.query(_at(change.entry, change.timestamp_us), limit=1):
+                if stored.entry != change.entry:
+                    return (await self._label_chunk({0: replace(change, entry=stored.entry)}))[0]
+        except VigilError as error:
+            return error
+        return _no_record(change.entry, change.timestamp_us)
 
     async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
         """Which of these stand there now."""
         present: set[int] = set()
-        times = sorted(expected)
-        start = 0
-        for end in range(1, len(times) + 1):
-            if end < len(times) and times[end] - times[end - 1] <= CONFIRM_GAP_US:
-                continue
-            async with translated():
-                query = self._bucket.query(entry, start=times[start], stop=times[end - 1] + 1, head=True)
-                async for record in query:
-                    if expected.get(record.timestamp) == record.labels.get("sha256"):
-                        present.add(record.timestamp)
-            start = end
-        return present & expected.keys()
+        base = base_of(entry)
+        await self._learn(base)
+        async with translated():
+            for start, stop in runs(sorted(expected), CONFIRM_GAP_US):
+                for track in self.tracks.names(base, since_us=start):
+                    async for record in self._bucket.query(track, start=start, stop=stop + 1, head=True):
+                        if expected.get(record.timestamp) == record.labels.get("sha256"):
+                            present.add(record.timestamp)
+        return present
 
     async def counts(self) -> dict[str, int]:
-        """How many records each entry has now."""
+        """How many records each camera has now."""
+        counts: Counter[str] = Counter()
         async with translated():
-            return {entry.name: entry.record_count for entry in await self._bucket.get_entry_list()}
+            for entry in await self._bucket.get_entry_list():
+                counts[base_of(entry.name)] += entry.record_count
+        return dict(counts)
 
     async def horizon_us(self) -> int | None:
         """What is older than this goes as soon as it is written."""
@@ -310,7 +377,7 @@ class ReductFrameStore:
         """
         if limit <= 0 or not where.entries:
             return
-        streams = [self._query_entry(name, where, limit) for name in await self._entry_names(where.entries)]
+        streams = [self._query_entry(name, where, limit) for name in await self._track_names(where.entries)]
         heads: list[tuple[int, str, StoredRecord, AsyncGenerator[StoredRecord]]] = []
 
         async def advance(stream: AsyncGenerator[StoredRecord]) -> None:
@@ -331,17 +398,21 @@ class ReductFrameStore:
             for stream in streams:
                 await stream.aclose()
 
-    async def _entry_names(self, patterns: Sequence[str]) -> list[str]:
-        """Names as they are, and existing entries that match "MODEL/*"."""
-        if not any(pattern.endswith("*") for pattern in patterns):
-            return sorted(set(patterns))
-        async with translated():
-            existing = [entry.name for entry in await self._bucket.get_entry_list()]
-        return sorted(
+    async def _track_names(self, patterns: Sequence[str]) -> list[str]:
+        """All tracks of the cameras asked for: of each by its name, or of all that match "MODEL/*"."""
+        bases = {base_of(pattern) for pattern in patterns}
+        many = any(base.endswith("*") for base in bases)
+        if many or time.monotonic() - self._listed_at > LISTED_S:
+            async with translated():
+                self._existing = [entry.name for entry in await self._bucket.get_entry_list()]
+            self._listed_at = time.monotonic()
+        found = {
             name
-            for name in existing
-            if any(name == pattern or (pattern[-1] == "*" and name.startswith(pattern[:-1])) for pattern in patterns)
-        )
+            for name in self._existing
+            if any(base_of(name) == base or (base[-1] == "*" and name.startswith(base[:-1])) for base in bases)
+        }
+        known = (name for base in bases for name in (base, *self.tracks.names(base)) if base[-1] != "*")
+        return sorted({*found, *known})
 
     async def _query_entry(self, entry: str, where: FrameFilter, limit: int) -> AsyncGenerator[StoredRecord]:
         query = self._bucket.query(
@@ -362,6 +433,15 @@ class ReductFrameStore:
         """One record with its body, checked against its digest."""
         if timestamp_us <= 0:  # The server would answer with the latest record.
             raise _no_record(entry, timestamp_us)
+        try:
+            return await self._read(entry, timestamp_us)
+        except NotFound:
+            async for stored in self.query(_at(entry, timestamp_us), limit=1):
+                if stored.entry != entry:
+                    return await self._read(stored.entry, timestamp_us)
+            raise
+
+    async def _read(self, entry: str, timestamp_us: int) -> tuple[StoredRecord, bytes]:
         try:
             async with self._bucket.read(entry, timestamp_us) as found:
                 body = await found.read_all()
@@ -385,6 +465,52 @@ class ReductFrameStore:
         await self._client.__aexit__(None, None, None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    frame_id: str | None
+    sha256: str | None
+    size_bytes: int
+
+
+class _Standing:
+    """What stands in a camera's tracks at certain times; nothing does after the latest of them."""
+
+    def __init__(self, store: ReductFrameStore, base: str) -> None:
+        self._store = store
+        self._base = base
+        self._latest_us = store.tracks.latest_us(base)
+        self._frames: dict[int, _Frame] = {}
+        self._looked: list[tuple[int, int]] = []
+
+    async def look_around(self, times: Sequence[int]) -> None:
+        """Look at these ascending times, by one query for those that are near each other."""
+        late = [at for at in times if at <= self._latest_us]
+        for start, stop in runs(late, LATE_GAP_US) if late else ():
+            await self._look(start, stop + LOOK_US)
+
+    async def _look(self, start: int, stop: int) -> None:
+        where = FrameFilter([self._base], start_us=start, stop_us=stop)
+        async for stored in self._store.query(where, limit=2**31):
+            frame = _Frame(stored.labels.get("frame_id"), stored.labels.get("sha256"), stored.size_bytes)
+            self._frames.setdefault(stored.timestamp_us, frame)
+        self._looked.append((start, stop))
+
+    async def at(self, time_us: int) -> _Frame | None:
+        """What stands at this time; None where it is free."""
+        looked = any(start <= time_us < stop for start, stop in self._looked)
+        if not looked and time_us <= self._latest_us:
+            await self._look(time_us, time_us + LOOK_US)
+        return self._frames.get(time_us)
+
+    def put(self, time_us: int, frame: _Frame) -> None:
+        """It will stand there."""
+        self._frames[time_us] = frame
+
+
+def _at(entry: str, timestamp_us: int) -> FrameFilter:
+    return FrameFilter([entry], start_us=timestamp_us, stop_us=timestamp_us + 1)
+
+
 def _no_record(entry: str, timestamp_us: int) -> NotFound:
     return NotFound("UNKNOWN_RECORD", f"no record at {entry} {timestamp_us}")
 
@@ -393,54 +519,51 @@ def _reused(record: Record) -> Conflict:
     return Conflict("FRAME_ID_REUSED", f"frame id {record.labels['frame_id']} stands for another image")
 
 
-def _places(
+def _twins(
     records: Sequence[Record], todo: Sequence[int], results: dict[int, Written | Exception]
-) -> tuple[dict[int, int], dict[int, int]]:
-    """Where each shall be written, and which are a second copy of which."""
-    places: dict[int, int] = {}
-    twins: dict[int, int] = {}
+) -> tuple[list[int], dict[int, int]]:
+    """Which are to be written, and which are a second copy of which."""
     first: dict[tuple[str, int, str], int] = {}
+    twins: dict[int, int] = {}
     for index in todo:
         record = records[index]
-        key = (record.entry, record.timestamp_us, record.labels["frame_id"])
-        other = first.setdefault(key, index)
-        if other == index:
-            places[index] = record.timestamp_us
-        elif records[other].labels["sha256"] == record.labels["sha256"]:
-            twins[index] = other
-        else:
+        other = first.setdefault((record.entry, record.timestamp_us, record.labels["frame_id"]), index)
+        if records[other].labels["sha256"] != record.labels["sha256"]:
             results[index] = _reused(record)
-    return places, twins
+        elif other != index:
+            twins[index] = other
+    return list(first.values()), twins
 
 
-def _apart(records: Sequence[Record], places: Mapping[int, int]) -> tuple[dict[int, int], dict[int, int]]:
+def _apart(places: Mapping[int, tuple[str, int]]) -> tuple[dict[int, tuple[str, int]], dict[int, tuple[str, int]]]:
     """Those to write now, and those that wait because another one of this round wants the same place.
 
     The client would keep only the last of them, silently. They wait rather than move on, so that a frame that has
     stood at its place since an earlier try is found there.
     """
-    now: dict[int, int] = {}
-    later: dict[int, int] = {}
+    now: dict[int, tuple[str, int]] = {}
+    later: dict[int, tuple[str, int]] = {}
     taken: set[tuple[str, int]] = set()
-    for index, at in places.items():
-        place = (records[index].entry, at)
-        (later if place in taken else now)[index] = at
+    for index, place in places.items():
+        (later if place in taken else now)[index] = place
         taken.add(place)
     return now, later
 
 
-def _chunks(records: Sequence[Record], places: Mapping[int, int]) -> Iterator[list[tuple[int, int]]]:
+def _chunks(
+    records: Sequence[Record], places: Mapping[int, tuple[str, int]]
+) -> Iterator[list[tuple[int, tuple[str, int]]]]:
     """Split to what one batch can carry."""
-    chunk: list[tuple[int, int]] = []
+    chunk: list[tuple[int, tuple[str, int]]] = []
     header_bytes = body_bytes = 0
-    for index, at in places.items():
+    for index, place in places.items():
         record = records[index]
         header = 128 + len(record.entry) + sum(len(name) + len(value) * 3 + 8 for name, value in record.labels.items())
         full = len(chunk) == BATCH_RECORDS or header_bytes + header > BATCH_HEADER_BYTES
         if chunk and (full or body_bytes + len(record.body) > BATCH_BODY_BYTES):
             yield chunk
             chunk, header_bytes, body_bytes = [], 0, 0
-        chunk.append((index, at))
+        chunk.append((index, place))
         header_bytes += header
         body_bytes += len(record.body)
     if chunk:

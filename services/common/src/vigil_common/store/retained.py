@@ -147,6 +147,11 @@ class RetainedFrameStore:
         """Seconds since the server started; both are on one."""
         return await self._kept.uptime_s()
 
+    def forget(self, model: str) -> None:
+        """Look at the server again before this model is written to, in both."""
+        self._kept.forget(model)
+        self._passing.forget(model)
+
     async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
         """Matching records of both by time; where there is a copy, it alone counts."""
         if limit <= 0:
