@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import os
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from PIL import Image
-from vigil.storage.v1 import storage_pb2
+from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
+from vigil_client import StorageClient
 from vigil_common.access import Principal, Role, enter, principal
 from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
 from vigil_common.store.embedded import EmbeddedFrameStore
@@ -23,7 +27,7 @@ from vigil_storage import masks
 from vigil_storage.annotations import AnnotationKeeper, Heard, order_of
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews, pick
-from vigil_storage.servicer import FrameServicer
+from vigil_storage.servicer import IMAGE_PART_BYTES, FrameServicer
 
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 
@@ -305,6 +309,27 @@ async def test_an_export_gives_what_people_said_with_images_and_masks(bench: Ben
     assert [bool(one.mask) for one in found] == [True, False, False]
     request = storage_pb2.ExportRequest(model=M, camera="cam1", decided=True)
     assert [one.frame.header.frame_id async for one in bench.api.Export(request, None)] == ["f1"]
+
+
+async def test_an_export_holds_images_larger_than_any_message(bench: Bench) -> None:
+    images = [os.urandom(size) for size in (70 << 20, 1000, IMAGE_PART_BYTES, IMAGE_PART_BYTES + 1)]
+    labels = [{"sha256": hashlib.sha256(image).hexdigest()} for image in images]
+    frames = [replace(frame(n, **labels[n]), body=image) for n, image in enumerate(images)]
+    await bench.frames.write(frames)
+    async with bench.owning():
+        for number in range(len(images)):
+            await bench.annotate(f"f{number}", mask=drawn())
+    server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
+    storage_pb2_grpc.add_FrameServiceServicer_to_server(bench.api, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with StorageClient(f"127.0.0.1:{port}") as client:
+            found = [one async for one in client.frames_export(M)]
+    finally:
+        await server.stop(None)
+    assert [one.image == image for one, image in zip(found, images, strict=True)] == [True] * len(images)
+    assert all(one.mask and one.annotations for one in found)
 
 
 def test_later_places_are_greater() -> None:

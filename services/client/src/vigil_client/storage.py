@@ -7,6 +7,7 @@ import hashlib
 import io
 import re
 import tarfile
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -209,11 +210,24 @@ class StorageClient(Connected):
             request.since.FromDatetime(since)
         if until is not None:
             request.until.FromDatetime(until)
+        found: storage_pb2.ExportResponse | None = None
+        image = bytearray()
         try:
             async for message in self._frames.Export(request, metadata=self.metadata):
-                yield convert.reviewed_frame(message)
+                if message.HasField("frame"):
+                    if found is not None:
+                        break
+                    found = message
+                image += message.image
+                if found is not None and len(image) >= found.frame.image_bytes:
+                    yield replace(convert.reviewed_frame(found), image=bytes(image))
+                    found = None
+                    image.clear()
         except grpc.aio.AioRpcError as error:
             raise ServiceError(convert.rpc_failure(error)) from error
+        if found is not None:
+            what = f"of the image of {found.frame.header.frame_id} only {len(image)} bytes came"
+            raise ServiceError(Failure("DATA_LOSS", "IMAGE_INCOMPLETE", what))
 
     async def models_publish(self, bundle: bytes | Path, *, name: str = "", version: int = 0) -> Model:
         """Publish a bundle, from memory or from a file that need not fit there.

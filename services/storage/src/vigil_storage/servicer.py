@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vigil_storage.reviews import Reviews
     from vigil_storage.routes import Routes
 
+# Of an exported image in one message: clients take 64 MiB, an image may have more.
+IMAGE_PART_BYTES = 4 << 20
+
 
 class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
     """Stored frames, and what people say of them."""
@@ -67,16 +70,18 @@ class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
     async def Export(
         self, request: storage_pb2.ExportRequest, _context: Any
     ) -> AsyncIterator[storage_pb2.ExportResponse]:
-        """Labelled frames, a message each."""
+        """Labelled frames, a message each, or several where the image is large."""
         authorize(request.model)
         where = convert.export_filter(request)
         async for found in self._reviews.export(where, decided=request.decided):
             yield storage_pb2.ExportResponse(
                 frame=convert.stored_frame(found.frame),
-                image=found.image,
+                image=found.image[:IMAGE_PART_BYTES],
                 annotations=map(convert.annotation, found.history),
                 mask=found.mask,
             )
+            for start in range(IMAGE_PART_BYTES, len(found.image), IMAGE_PART_BYTES):
+                yield storage_pb2.ExportResponse(image=found.image[start : start + IMAGE_PART_BYTES])
 
 
 class ModelServicer(storage_pb2_grpc.ModelServiceServicer):

@@ -362,7 +362,9 @@ class AnnotateRequest(_message.Message):
     """Absent: searched for."""
     label: _types_pb2.Label.ValueType
     mask: _builtins.bytes
-    """A PNG of the image's width and height, 1-bit or 8-bit grey; what is 128 or more is anomalous. May be absent."""
+    """A PNG of the image's width and height, after EXIF rotation; 1-bit or 8-bit grey; what is 128 or more is anomalous.
+    May be absent.
+    """
     note: _builtins.str
     """At most 2,000 characters. May be absent."""
     author: _builtins.str
@@ -547,7 +549,9 @@ Global___ExportRequest: _TypeAlias = ExportRequest  # noqa: Y015
 
 @_typing.final
 class ExportResponse(_message.Message):
-    """Response of Export: a frame at a time."""
+    """Response of Export: a frame at a time. A large image goes on in the messages behind its frame's, which have nothing but
+    `image`, until `frame.image_bytes` have come.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

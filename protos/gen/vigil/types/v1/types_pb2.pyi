@@ -334,7 +334,7 @@ class FrameHeader(_message.Message):
     content_type: _builtins.str
     """Media type of the image, such as "image/png"."""
     width: _builtins.int
-    """Pixels, as the image's header says."""
+    """Pixels, as people and models see the image: after EXIF rotation."""
     height: _builtins.int
     sha256: _builtins.bytes
     """SHA-256 of the encoded image, 32 bytes."""
