@@ -73,6 +73,11 @@ def test_of_any_operators_no_two_that_lead_have_a_namespace_in_common_and_somebo
     assert not any(one.meets(other) for one in leaders for other in leaders if one is not other)
 
 
+async def leads(who: Leadership, stop: asyncio.Event | None = None) -> bool:
+    async with asyncio.timeout(5):
+        return await who.take(stop or asyncio.Event())
+
+
 async def stands_by(who: Leadership) -> bool:
     stop = asyncio.Event()
     taking = asyncio.create_task(who.take(stop))
@@ -84,46 +89,46 @@ async def stands_by(who: Leadership) -> bool:
 async def test_the_later_one_stands_by_until_the_first_lets_go() -> None:
     server, stop = Server(), asyncio.Event()
     first, second = operator(server, "a/op", "p1"), operator(server, "b/op", "p2", "line-1")
-    assert await first.take(stop)
+    assert await leads(first, stop)
     assert await stands_by(second)
     keeping = asyncio.create_task(first.keep(stop))
     stop.set()
     await keeping
     assert await stands_by(second)
     await first.let_go()
-    assert await second.take(asyncio.Event())
+    assert await leads(second)
 
 
 async def test_operators_of_other_namespaces_do_not_care() -> None:
     server = Server()
-    assert await operator(server, "a/op", "p1", "line-1").take(asyncio.Event())
-    assert await operator(server, "b/op", "p2", "line-2").take(asyncio.Event())
+    assert await leads(operator(server, "a/op", "p1", "line-1"))
+    assert await leads(operator(server, "b/op", "p2", "line-2"))
     assert await stands_by(operator(server, "c/op", "p3", "line-2", "line-3"))
 
 
 async def test_a_second_pod_of_the_same_deployment_waits_until_the_first_is_dead() -> None:
     server, clock = Server(), Clock()
-    assert await operator(server, "a/op", "p1").take(asyncio.Event())
+    assert await leads(operator(server, "a/op", "p1"))
     second = operator(server, "a/op", "p2", clock=clock)
     assert await stands_by(second)
     clock.now += ALIVE_S + 1
-    assert await second.take(asyncio.Event())
+    assert await leads(second)
 
 
 async def test_a_container_that_is_started_again_keeps_its_place() -> None:
     server = Server()
-    assert await operator(server, "a/op", "p1").take(asyncio.Event())
+    assert await leads(operator(server, "a/op", "p1"))
     assert await stands_by(operator(server, "b/op", "p2"))
-    assert await operator(server, "a/op", "p1").take(asyncio.Event())
+    assert await leads(operator(server, "a/op", "p1"))
 
 
 async def test_who_was_away_for_long_comes_last_and_ends() -> None:
     server, stop, clock = Server(), asyncio.Event(), Clock()
     first, second = operator(server, "a/op", "p1"), operator(server, "b/op", "p2", clock=clock)
-    assert await first.take(stop)
+    assert await leads(first, stop)
     assert await stands_by(second)
     clock.now += ALIVE_S + 1
-    assert await second.take(asyncio.Event())
+    assert await leads(second)
     lease = server.bodies["a", "op"]
     long_ago = claim_of(lease).renewed - timedelta(seconds=ALIVE_S + 1)
     lease["spec"]["renewTime"] = long_ago.isoformat()
@@ -137,7 +142,7 @@ async def test_who_was_away_for_long_comes_last_and_ends() -> None:
 async def test_a_server_that_is_away_ends_nothing() -> None:
     server, stop = Server(), asyncio.Event()
     first = operator(server, "a/op", "p1")
-    assert await first.take(stop)
+    assert await leads(first, stop)
     server.away = True
     keeping = asyncio.create_task(first.keep(stop))
     await asyncio.sleep(0.05)
