@@ -313,9 +313,10 @@ async def test_an_export_gives_what_people_said_with_images_and_masks(bench: Ben
 
 async def test_an_export_holds_images_larger_than_any_message(bench: Bench) -> None:
     images = [os.urandom(size) for size in (70 << 20, 1000, IMAGE_PART_BYTES, IMAGE_PART_BYTES + 1)]
-    labels = [{"sha256": hashlib.sha256(image).hexdigest()} for image in images]
-    frames = [replace(frame(n, **labels[n]), body=image) for n, image in enumerate(images)]
-    await bench.frames.write(frames)
+    for number, image in enumerate(images):
+        plain = frame(number)
+        labels = {**plain.labels, "sha256": hashlib.sha256(image).hexdigest()}
+        await bench.frames.write([replace(plain, labels=labels, body=image)])
     async with bench.owning():
         for number in range(len(images)):
             await bench.annotate(f"f{number}", mask=drawn())

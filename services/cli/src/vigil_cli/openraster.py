@@ -15,10 +15,21 @@ from vigil_common.errors import InvalidInput
 from vigil_common.pixels import decode
 
 MASK, IMAGE = "mask", "image"
+MISSING = f'no layer is named "{MASK}": paint on that one, and keep it'
 COLOUR = (255, 40, 40)
 HALF = 128
 MAX_PIXELS = 100_000_000
 THUMBNAIL = (256, 256)
+
+
+def layers(image: bytes, mask: bytes | None) -> tuple[Image.Image, Image.Image]:
+    """The image in RGB, and the paint that lies over it in RGBA; see `write`."""
+    picture = Image.fromarray(decode(image, max_pixels=MAX_PIXELS)).convert("RGB")
+    paint = Image.new("RGBA", picture.size, (*COLOUR, 0))
+    if mask:
+        with Image.open(io.BytesIO(mask)) as drawn:
+            paint.putalpha(drawn.convert("L").resize(picture.size, Image.Resampling.NEAREST))
+    return picture, paint
 
 
 def write(image: bytes, mask: bytes | None) -> bytes:
@@ -31,18 +42,12 @@ def write(image: bytes, mask: bytes | None) -> bytes:
     Raises:
         InvalidInput: As `vigil_common.pixels.decode`.
     """
-    picture = Image.fromarray(decode(image, max_pixels=MAX_PIXELS)).convert("RGB")
-    paint = Image.new("RGBA", picture.size, (*COLOUR, 0))
-    if mask:
-        with Image.open(io.BytesIO(mask)) as marked:
-            paint.putalpha(marked.convert("L").resize(picture.size, Image.Resampling.NEAREST))
+    picture, paint = layers(image, mask)
     width, height = picture.size
     stack = ET.Element("image", {"version": "0.0.3", "w": str(width), "h": str(height)})
-    layers = ET.SubElement(stack, "stack")
+    tree = ET.SubElement(stack, "stack")
     for name, opacity in ((MASK, "0.5"), (IMAGE, "1.0")):
-        ET.SubElement(
-            layers, "layer", {"name": name, "src": f"data/{name}.png", "x": "0", "y": "0", "opacity": opacity}
-        )
+        ET.SubElement(tree, "layer", {"name": name, "src": f"data/{name}.png", "x": "0", "y": "0", "opacity": opacity})
     thumbnail = picture.copy()
     thumbnail.thumbnail(THUMBNAIL)
     out = io.BytesIO()
@@ -68,18 +73,23 @@ def read_mask(file: bytes) -> bytes | None:
             # Written a moment ago by the user's own program.
             root = ET.fromstring(archive.read("stack.xml"))  # noqa: S314
             size = int(root.attrib["w"]), int(root.attrib["h"])
-            layers = [layer for layer in root.iter("layer") if layer.get("name", "").strip().lower() == MASK]
-            if not layers:
-                raise InvalidInput("MASK_LAYER_MISSING", f'no layer is named "{MASK}": paint on that one, and keep it')
+            found = [layer for layer in root.iter("layer") if layer.get("name", "").strip().lower() == MASK]
+            if not found:
+                raise InvalidInput("MASK_LAYER_MISSING", MISSING)
             canvas = Image.new("L", size)
-            for layer in layers:
+            for layer in found:
                 with Image.open(io.BytesIO(archive.read(layer.attrib["src"]))) as painted:
                     alpha = painted.convert("RGBA").getchannel("A")
                 canvas.paste(alpha, (_offset(layer, "x"), _offset(layer, "y")))
     except (zipfile.BadZipFile, ET.ParseError, KeyError, ValueError, OSError) as error:
         raise InvalidInput("OPENRASTER_UNREADABLE", f"the file saved is no OpenRaster image ({error})") from error
-    marked = canvas.point([0] * HALF + [255] * (256 - HALF))
-    return _png(marked) if marked.getbbox() else None
+    return marked(canvas)
+
+
+def marked(alpha: Image.Image) -> bytes | None:
+    """What is painted more opaque than not, as grey PNG; None where nothing is."""
+    mask = alpha.point([0] * HALF + [255] * (256 - HALF))
+    return _png(mask) if mask.getbbox() else None
 
 
 def _offset(layer: ET.Element, name: str) -> int:

@@ -18,7 +18,7 @@ from vigil_client.channel import connect, metadata
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.workers import worker_address
 
-from vigil_cli import openraster
+from vigil_cli import gimp, openraster
 from vigil_cli.annotate import Author
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, errors, run
 from vigil_cli.sources import SourceError
@@ -108,8 +108,12 @@ async def edit(program: str, found: ReviewedFrame, mask: bytes | None) -> bytes 
         InvalidInput: As `openraster.read_mask`.
     """
     with tempfile.TemporaryDirectory(prefix="vigil-review-") as folder:
-        path = Path(folder) / "frame.ora"
-        await asyncio.to_thread(lambda: path.write_bytes(openraster.write(found.image, mask)))
+        by_gimp = program == "gimp" and await gimp.is_second()
+        path = Path(folder) / ("frame.xcf" if by_gimp else "frame.ora")
+        if by_gimp:
+            await gimp.write(path, found.image, mask)
+        else:
+            await asyncio.to_thread(lambda: path.write_bytes(openraster.write(found.image, mask)))
         words = shlex.split(_PROGRAMS.get(program, program))
         command = [word.replace("{}", str(path)) for word in words]
         if command == words:
@@ -121,6 +125,8 @@ async def edit(program: str, found: ReviewedFrame, mask: bytes | None) -> bytes 
             raise SourceError(f"{command[0]} can't be started: {error.strerror}") from error
         if code:
             raise SourceError(f"{command[0]} ended with code {code}: nothing of {found.frame.frame_id} was taken")
+        if by_gimp:
+            return await gimp.read_mask(path)
         return await asyncio.to_thread(lambda: openraster.read_mask(path.read_bytes()))
 
 
