@@ -108,7 +108,7 @@ class Troubled:
     def __init__(self, store: EmbeddedFrameStore) -> None:
         self.store = store
         self.away = 0
-        self.forget: set[str] = set()
+        self.losing: set[str] = set()
         self.uptime = 1e9
         self.writes: list[int] = []
 
@@ -122,8 +122,8 @@ class Troubled:
     async def confirm(self, entry: str, expected: dict[int, str]) -> set[int]:
         for at in expected:
             stored, _ = await self.store.read(entry, at)
-            if stored.labels["frame_id"] in self.forget:
-                self.forget.discard(stored.labels["frame_id"])
+            if stored.labels["frame_id"] in self.losing:
+                self.losing.discard(stored.labels["frame_id"])
                 await self.store._db.execute("DELETE FROM frames WHERE timestamp_us = ?", (at,))
         return await self.store.confirm(entry, expected)
 
@@ -253,7 +253,7 @@ async def test_nothing_is_freed_before_the_server_has_been_up_for_long_enough(st
 
 
 async def test_what_vanished_is_read_from_the_queue_and_written_again(store: Troubled) -> None:
-    store.forget = {"f3", "f5"}
+    store.losing = {"f3", "f5"}
     source = FakeSource([queued(n) for n in range(8)])
     async with writing(source, store):
         await until(lambda: len(source.finished) == 8)
