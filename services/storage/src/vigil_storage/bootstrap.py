@@ -55,7 +55,7 @@ async def _stores(settings: Settings, stop: asyncio.Event) -> tuple[FrameStore, 
         token = (await asyncio.to_thread(settings.store_token_file.read_text)).strip()
     while not stop.is_set():
         try:
-            frames, models = await open_stores(settings.store_url, token)
+            frames, models = await open_stores(settings.store_url, token, settle_s=settings.confirm_after_s)
             if settings.retention_normal_bytes:
                 await frames.close()
                 quota_bytes = settings.retention_normal_bytes

@@ -38,12 +38,13 @@ async def open_retained(
     return RetainedFrameStore(kept, passing, quota_bytes=quota_bytes, stays=stays)
 
 
-async def open_stores(url: str, token: str | None) -> tuple[FrameStore, ModelStore]:
+async def open_stores(url: str, token: str | None, *, settle_s: float = 2.5) -> tuple[FrameStore, ModelStore]:
     """Open both stores.
 
     Args:
         url: `http(s)://HOST:PORT` of a ReductStore, or `file:///FOLDER` for the embedded one.
         token: ReductStore's API token.
+        settle_s: How long after a write ReductStore can no longer lose it, see `ReductModelStore.open`.
 
     Raises:
         InvalidInput: For any other URL.
@@ -55,7 +56,7 @@ async def open_stores(url: str, token: str | None) -> tuple[FrameStore, ModelSto
         from vigil_common.store.reduct import ReductFrameStore  # noqa: PLC0415
         from vigil_common.store.reduct_models import ReductModelStore  # noqa: PLC0415
 
-        return await ReductFrameStore.open(url, token), await ReductModelStore.open(url, token)
+        return await ReductFrameStore.open(url, token), await ReductModelStore.open(url, token, settle_s=settle_s)
     if parts.scheme == "file":
         from vigil_common.store.embedded import EmbeddedFrameStore  # noqa: PLC0415
         from vigil_common.store.embedded_models import EmbeddedModelStore  # noqa: PLC0415
