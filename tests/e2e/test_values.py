@@ -36,7 +36,7 @@ FOREIGN = (
 )
 REDIS = """exec valkey-server --port 0 --tls-port 6379 --tls-auth-clients no --dir /data --appendonly yes \
 --tls-cert-file /etc/tls/tls.crt --tls-key-file /etc/tls/tls.key --tls-ca-cert-file /etc/tls/ca.crt \
---user vigil on ">$PASSWORD" '~*' '&*' +@all"""
+--protected-mode no --user default off --user vigil on ">$PASSWORD" '~*' '&*' +@all"""
 
 
 def definition(group: str, version: str, kind: str, plural: str) -> dict[str, Any]:
