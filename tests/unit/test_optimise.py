@@ -6,14 +6,16 @@ import io
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from vigil_common.bundle import open_bundle
-from vigil_common.errors import InvalidInput
+from vigil_common.errors import InvalidBundle, InvalidInput
 from vigil_common.scores import moved
 from vigil_inference.model import LoadedModel
 from vigil_trainer import optimise as module
 from vigil_trainer import train
+from vigil_trainer.graphs import open_graph
 from vigil_trainer.optimise import optimise
 
 if TYPE_CHECKING:
@@ -108,3 +110,22 @@ def test_moved_scores_keep_their_order_and_put_the_threshold_where_it_belongs() 
     assert (np.diff(found) > 0).all()
     assert found[[0, 30, 100]] == pytest.approx([0, 0.5, 1], abs=1e-6)
     assert found.dtype == np.float32
+
+
+def test_a_graph_that_resizes_with_antialias_is_not_made_for_openvino(trained: Bundle, tmp_path: Path) -> None:
+    # OpenVINO loads it, and leaves the antialias out.
+    pytest.importorskip("openvino")
+    trained.extract(tmp_path)
+    with pytest.raises(InvalidBundle, match="resizes with antialias"):
+        module._openvino_f32(tmp_path, trained.manifest, [])
+
+
+def test_weights_beside_the_graph_are_taken_into_the_variant(trained: Bundle, tmp_path: Path) -> None:
+    source = tmp_path / trained.manifest.artefacts["onnxruntime"].path
+    trained.extract(tmp_path)
+    graph = onnx.load(source)
+    onnx.save(graph, source, save_as_external_data=True, location="weights.data", size_threshold=4096)
+    (path,) = module._offline(tmp_path, trained.manifest, [])
+    blank = np.zeros((1, 3, 64, 64), dtype=np.float32)
+    found, expected = (open_graph(one, trained.manifest, "onnxruntime")(blank)["pred_score"] for one in (path, source))
+    assert found == pytest.approx(expected, abs=1e-4)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from onnxruntime import quantization
 from vigil_common.bundle import Artefact, Bundle, Variant, pack
@@ -297,7 +298,12 @@ def _offline(folder: Path, manifest: Manifest, _: Sequence[Tensor]) -> list[Path
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(_source(folder, manifest)), options, providers=["CPUExecutionProvider"])
+    source = _source(folder, manifest)
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    # It goes on pointing at weights that lie beside the source.
+    made = onnx.load(path, load_external_data=False)
+    onnx.load_external_data_for_model(made, str(source.parent))
+    onnx.save(made, path)
     return [path]
 
 
@@ -318,6 +324,8 @@ class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
 def _onnx_int8(folder: Path, manifest: Manifest, images: Sequence[Tensor]) -> list[Path]:
     """Convolutions with eight bits in and per-channel weights; what compares features stays f32."""
     path = _target(folder, "onnx-int8") / "model.onnx"
+    if path.exists():
+        return [path]
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises on graphs by warnings of the root logger
@@ -337,22 +345,33 @@ def _onnx_int8(folder: Path, manifest: Manifest, images: Sequence[Tensor]) -> li
     return [path]
 
 
-def _openvino_f32(folder: Path, manifest: Manifest, _: Sequence[Tensor]) -> list[Path]:
+def _save_for_openvino(source: Path, path: Path) -> list[Path]:
+    """The graph as OpenVINO keeps it.
+
+    Raises:
+        InvalidBundle: MODEL_UNLOADABLE where the graph resizes with antialias, which OpenVINO 2026.4 loads and leaves
+            out: pixels of the built-in model's small image come out up to 0.03 off, its scores 0.04.
+    """
     openvino = load_openvino()
-    path = _target(folder, "openvino") / "model.xml"
-    if not path.exists():
-        openvino.save_model(openvino.convert_model(_source(folder, manifest)), path, compress_to_fp16=False)
+    resizes = [node for node in onnx.load(source, load_external_data=False).graph.node if node.op_type == "Resize"]
+    if any(one.name == "antialias" and one.i for node in resizes for one in node.attribute):
+        raise InvalidBundle("MODEL_UNLOADABLE", "the graph resizes with antialias, OpenVINO does without")
+    openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]
+
+
+def _openvino_f32(folder: Path, manifest: Manifest, _: Sequence[Tensor]) -> list[Path]:
+    path = _target(folder, "openvino") / "model.xml"
+    if path.exists():
+        return [path, path.with_suffix(".bin")]
+    return _save_for_openvino(_source(folder, manifest), path)
 
 
 def _openvino_int8(folder: Path, manifest: Manifest, images: Sequence[Tensor]) -> list[Path]:
-    import nncf  # noqa: PLC0415 - an extra, and heavy
+    """The same quantised graph in OpenVINO.
 
-    openvino = load_openvino()
-    nncf.set_log_level(logging.ERROR)
-    batch = manifest.fixed_batch or 1
-    model = openvino.convert_model(_source(folder, manifest))
-    data = nncf.Dataset(images, lambda image: np.repeat(image, batch, axis=0))
-    path = _target(folder, "openvino-int8") / "model.xml"
-    openvino.save_model(nncf.quantize(model, data, subset_size=len(images)), path, compress_to_fp16=False)
-    return [path, path.with_suffix(".bin")]
+    NNCF's own quantisation of STFPM was as fast, and ranked worse: by 0.008 of AUROC where it kept to convolutions, by
+    0.03 where it did not.
+    """
+    (source,) = _onnx_int8(folder, manifest, images)
+    return _save_for_openvino(source, _target(folder, "openvino-int8") / "model.xml")
