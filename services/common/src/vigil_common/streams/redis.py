@@ -305,6 +305,9 @@ class RedisStreams:
             more["password"] = security.redis_password_file.read_text().strip()
         if security is not None and security.redis_ca_file is not None:
             more["ssl_ca_certs"] = str(security.redis_ca_file)
+        if security is not None and security.tls_cert_file and security.tls_key_file and url.startswith("rediss"):
+            # Shown to a server that asks for one.
+            more |= {"ssl_certfile": str(security.tls_cert_file), "ssl_keyfile": str(security.tls_key_file)}
         if "+cluster://" in url:
             plain = url.replace("+cluster://", "://", 1)
             cluster = RedisCluster.from_url(plain, protocol=2, retry=retry, socket_timeout=5.0, **more)
