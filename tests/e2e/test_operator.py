@@ -8,23 +8,28 @@ import dataclasses
 import json
 import re
 import signal
+import subprocess
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+import yaml
 from typer.testing import CliRunner
 from vigil_cli import rollout
 from vigil_operator.cluster import path_of
+from vigil_operator.leading import ALIVE_S
 
 from tests.e2e.cluster import programs
 from tests.e2e.cluster.light import LightCluster
+from tests.e2e.tools import ROOT
 from tests.support.kube import API, Kube, kube
 from tests.support.kube_node import ended, report, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -236,12 +241,14 @@ async def test_of_two_operators_one_leads_and_the_other_takes_over(world: Kube) 
         await world.apply("cells", 1, replicas=2)
         await world.until("cells", lambda status: status["live"]["readyReplicas"] == 2, "scaled")
         assert await look() == (before[0], before[1] + 1)
-        world.operator.end(signal.SIGTERM)
+        ended_at = time.monotonic()
+        assert world.operator.end(signal.SIGTERM) == 0
 
         async def taken_over() -> bool:
             return (await look())[0] == image
 
         await _until_true(taken_over)
+        assert time.monotonic() - ended_at < ALIVE_S - 1, "the Lease was let go, not waited for"
         # Who was first comes back as the later one.
         world.operator.start()
         await world.kubectl("annotate", "am", "cells", "seen=again")
@@ -259,6 +266,55 @@ async def test_of_two_operators_one_leads_and_the_other_takes_over(world: Kube) 
     finally:
         with contextlib.suppress(ProcessLookupError):
             second.end(signal.SIGKILL)
+
+
+@pytest.mark.skipif(not programs.can_have("helm"), reason="helm is built with Go, which is not installed")
+@pytest.mark.parametrize("everywhere_else", [False, True], ids=["here", "everywhere"])
+async def test_what_the_chart_grants_is_enough(world: Kube, tmp_path: Path, *, everywhere_else: bool) -> None:
+    name, place = "vigil-operator", world.namespace
+    command = [
+        str(programs.ensure("helm")),
+        "template",
+        "vigil",
+        "charts/vigil-operator",
+        "--kube-version=1.29.0",
+        "-n",
+        place,
+    ]
+    command += ["--set", f"fullnameOverride={name}"]
+    command += [] if everywhere_else else ["--set", f"watchNamespaces={{{place}}}"]
+    rendered = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, text=True, cwd=ROOT)
+    parts = [part for part in yaml.safe_load_all(rendered.stdout) if part]
+    rights = [part for part in parts if part["kind"] == "ServiceAccount" or "rbac" in part["apiVersion"]]
+    await world.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(rights))
+    token = (await world.kubectl("create", "token", name)).strip()
+    config = yaml.safe_load(world.cluster.kubeconfig.read_text())
+    config["users"][0]["user"] = {"token": token}
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    (container,) = next(part for part in parts if part["kind"] == "Deployment")["spec"]["template"]["spec"][
+        "containers"
+    ]
+    given = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+    own = {name: given[name] for name in ("VIGIL_OPERATOR_NAME", "VIGIL_WATCH_NAMESPACES")}
+    env = {"KUBECONFIG": str(tmp_path / "config"), "VIGIL_OPERATOR_NAMESPACE": place, "VIGIL_OPERATOR_POD": "granted"}
+    granted = world.operator.another(f"granted-{everywhere_else}.log", **own, **env)
+    world.operator.end(signal.SIGTERM)
+    granted.start()
+    try:
+        world.compare(2, report())
+        await _live_v1(world)
+        await world.apply("cells", 2)
+        await world.until("cells", partial(_is_live, 2), "live with 2")
+        await world.kubectl("delete", "am", "cells", "--wait=false")
+        await world.gone("cells")
+        lease = json.loads(await world.kubectl("get", "lease", name, "-o", "json"))
+        assert lease["spec"]["holderIdentity"] == "granted"
+    finally:
+        code = granted.end(signal.SIGTERM)
+        world.operator.start()
+    assert code == 0, granted.log()
+    assert "lease" not in await world.kubectl("get", "leases", "-o", "name")
+    assert "forbidden" not in granted.log()
 
 
 async def test_deletion_never_hangs_and_takes_the_route_out(world: Kube) -> None:

@@ -77,12 +77,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     ready = asyncio.Event()
     async with (
         Api.connect(own) as api,
+        # Kopf closes the session that it is given.
+        Api.connect(own) as aside,
         connect(settings.storage_address, settings) as storage,
         connect(settings.shadow_address, settings) as shadow,
     ):
         web_server = await _probes(settings.http_bind_port, ready)
         leadership = Leadership(
-            Api(api.session, api.server),
+            aside,
             namespace=settings.operator_namespace or "default",
             name=settings.operator_name,
             holder=settings.operator_pod or f"{socket.gethostname()}/{os.getpid()}",
