@@ -29,7 +29,7 @@ async def test_services_show_theirs_to_redis(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     files = ("--tls-cert-file", cert, "--tls-key-file", key, "--tls-ca-cert-file", ca, "--tls-auth-clients", "yes")
-    with subprocess.Popen(
+    with subprocess.Popen(  # noqa: ASYNC220 - returns at once
         ["redis-server", "--port", "0", "--tls-port", str(port), "--dir", tmp_path, "--save", "", *files],
         stdout=subprocess.DEVNULL,
     ) as server:
@@ -45,7 +45,7 @@ async def test_services_show_theirs_to_redis(tmp_path: Path) -> None:
             await streams.close()
             without = SecuritySettings(redis_ca_file=ca)
             streams = await RedisStreams.connect(f"rediss://localhost:{port}", security=without)
-            with pytest.raises(Unavailable, match="(?i)certificate"):
+            with pytest.raises(Unavailable, match=r"(?i)certificate"):
                 await streams.ping()
             await streams.close()
         finally:
