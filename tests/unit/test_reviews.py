@@ -276,7 +276,9 @@ async def test_the_queue_gives_disagreements_then_what_is_near_the_threshold_the
     await bench.frames.label(away)
     async with bench.owning():
         await bench.annotate("f50")
+        seen = await bench.queue(size=12, peek=True)
         first = await bench.queue(size=12)
+        assert first[:2] == seen[:2]
         assert first[:2] == [("f3", "DISAGREEMENT"), ("f90", "DISAGREEMENT")]
         assert [reason for _, reason in first[2:]] == ["UNCERTAIN"] * 8 + ["RANDOM"] * 2
         assert {name for name, reason in first if reason == "UNCERTAIN"} == {

@@ -24,6 +24,7 @@ from vigil_cli.options import (
 )
 from vigil_cli.sources import find_images
 
+SHORT_DIGEST = len("sha256:") + 12
 app = typer.Typer(help="Model bundles and versions.", no_args_is_help=True)
 
 _PARITY_IMAGES = 8
@@ -79,18 +80,19 @@ def list_(
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
-    """List published versions."""
+    """List published versions; `show` has their whole digests."""
 
     async def work() -> list[Model]:
         async with StorageClient(storage_address, token=token) as storage:
             return await storage.models_list(name)
 
-    table = Table("model", "version", "formats", "bytes", "published", Column("digest", overflow="fold"), "deprecated")
+    # Fits a terminal of 80 columns, with a deprecation's reason on several lines.
+    fold = Column("deprecated", overflow="fold")
+    table = Table("model", "version", Column("formats", overflow="fold"), "MB", "published", "digest", fold, padding=0)
     for model in run(work()):
-        published = model.published_at.isoformat(timespec="seconds")
-        formats = ", ".join(model.formats)
-        row = (model.name, str(model.version), formats, f"{model.size_bytes:,}", published, model.digest)
-        table.add_row(*row, model.deprecated)
+        published, digest = f"{model.published_at:%Y-%m-%d %H:%M}", model.digest[:SHORT_DIGEST]
+        formats, size = "\n".join(model.formats), f"{model.size_bytes / 1e6:,.1f}"
+        table.add_row(model.name, str(model.version), formats, size, published, digest, model.deprecated)
     console.print(table)
 
 

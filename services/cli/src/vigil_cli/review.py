@@ -68,9 +68,11 @@ def review(
             if frame_ids:
                 todo = frame_ids
             else:
-                items = await storage.frames_review_queue(model, name, camera=camera, size=size, again=again)
+                items = await storage.frames_review_queue(
+                    model, name, camera=camera, size=size, again=again, peek=program is None
+                )
                 todo = [item.frame.frame_id for item in items]
-                if program is None:
+                if program is None or not items:
                     _show(items)
             if program is None:
                 return
@@ -164,7 +166,8 @@ def _show(items: list[ReviewItem]) -> None:
     if not items:
         console.print("nothing left to look at; --again shows everything")
         return
-    table = Table(Column("frame", no_wrap=True), "camera", "score", "label", "why")
+    # Without padding all of it fits a terminal of 80 columns.
+    table = Table(Column("frame", no_wrap=True), "camera", "score", "label", "why", padding=0)
     for item in items:
         judged = item.frame.verdict
         said = ("-", "-") if judged is None else (f"{judged.score:.3f}", "anomalous" if judged.anomalous else "normal")

@@ -182,10 +182,21 @@ class StorageClient(Connected):
         size: int = 20,
         since: datetime | None = None,
         again: bool = False,
+        peek: bool = False,
     ) -> list[ReviewItem]:
-        """Frames most worth a look; with `again` also what this reviewer was given before, and what was labelled."""
+        """Frames most worth a look, which this reviewer then is not given a second time.
+
+        Args:
+            model: The model's name.
+            reviewer: Who will look.
+            camera: Only this camera.
+            size: At most so many.
+            since: Only frames stored from then on.
+            again: Also what this reviewer was given before, and what was labelled.
+            peek: Do not count them as given.
+        """
         request = storage_pb2.ReviewQueueRequest(
-            model=model, camera=camera or "", reviewer=reviewer, size=size, again=again
+            model=model, camera=camera or "", reviewer=reviewer, size=size, again=again, peek=peek
         )
         if since is not None:
             request.since.FromDatetime(since)

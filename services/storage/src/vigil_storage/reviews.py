@@ -222,9 +222,9 @@ class Reviews:
         return Reviewed(frame, image, tuple(words for words, _ in said), mask)
 
     async def queue(
-        self, where: FrameFilter, reviewer: str, *, size: int, since_us: int | None, again: bool
+        self, where: FrameFilter, reviewer: str, *, size: int, since_us: int | None, again: bool, peek: bool = False
     ) -> list[tuple[StoredRecord, str]]:
-        """Frames to look at, each with why: "disagreement", "uncertain" or "random"."""
+        """Frames to look at, each with why: disagreement, uncertain or random; with `peek` none counts as given."""
         reviewer = person(reviewer)
         if size > MAX_SIZE:
             raise InvalidInput("QUEUE_TOO_LARGE", f"a review queue has at most {MAX_SIZE} frames")
@@ -244,7 +244,8 @@ class Reviews:
             *((record, "disagreement") for record in disagreeing),
             *pick(others, size - len(disagreeing), self._chance),
         ]
-        await self._log.give(model, reviewer, [record.labels["frame_id"] for record, _ in given])
+        if not peek:
+            await self._log.give(model, reviewer, [record.labels["frame_id"] for record, _ in given])
         return given
 
     async def _newest(self, where: FrameFilter) -> list[StoredRecord]:

@@ -63,7 +63,7 @@ class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
         where = convert.entry_filter(request.model, request.camera)
         since_us = convert.to_us(request.since) if request.HasField("since") else None
         given = await self._reviews.queue(
-            where, request.reviewer, size=request.size, since_us=since_us, again=request.again
+            where, request.reviewer, size=request.size, since_us=since_us, again=request.again, peek=request.peek
         )
         return storage_pb2.ReviewQueueResponse(items=(convert.review_item(*one) for one in given))
 

@@ -429,6 +429,7 @@ class ReviewQueueRequest(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     SINCE_FIELD_NUMBER: _builtins.int
     AGAIN_FIELD_NUMBER: _builtins.int
+    PEEK_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     camera: _builtins.str
     """Absent: every camera."""
@@ -438,6 +439,8 @@ class ReviewQueueRequest(_message.Message):
     """Zero: 20; at most 200."""
     again: _builtins.bool
     """Also what this reviewer has been given before, and what has been labelled."""
+    peek: _builtins.bool
+    """Only to see what there is: it does not count as given."""
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp:
         """Frames stored before are left out. Absent: all."""
@@ -451,10 +454,11 @@ class ReviewQueueRequest(_message.Message):
         size: _builtins.int = ...,
         since: _timestamp_pb2.Timestamp | None = ...,
         again: _builtins.bool = ...,
+        peek: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "camera", b"camera", "model", b"model", "reviewer", b"reviewer", "since", b"since", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "camera", b"camera", "model", b"model", "peek", b"peek", "reviewer", b"reviewer", "since", b"since", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
