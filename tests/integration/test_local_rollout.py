@@ -157,7 +157,9 @@ async def test_promotion_and_rollback_under_a_stream_lose_no_frame_and_answer_no
     print(f"frames={len(stream.sent)} p99 before {before:.0f} ms, around the promotion {around:.0f} ms")
 
 
-async def test_a_model_says_itself_what_is_kept_of_its_normal_frames(tmp_path: Path) -> None:
+async def test_a_model_says_itself_what_is_kept_of_its_normal_frames_and_a_threshold_can_be_tried_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop, images = asyncio.Event(), load_cells().test_images
     async with LocalStack(tmp_path / "stack") as stack, StorageClient(stack.storage_address) as storage:
         await storage.models_publish(trained_bundle(), name=MODEL)
@@ -182,7 +184,17 @@ async def test_a_model_says_itself_what_is_kept_of_its_normal_frames(tmp_path: P
                 assert 0 < len(anomalous) < 40
                 expected += verdicts if fraction else anomalous
                 await _settled(stack.redis_url)
-        stored = [frame.frame_id async for frame in storage.frames_query(MODEL)]
+        frames = [frame async for frame in storage.frames_query(MODEL)]
+        stored = [frame.frame_id for frame in frames]
+        monkeypatch.setattr(rollout, "_where", files)
+        command = ["threshold", "line", "0", "--preview", "--storage-address", stack.storage_address]
+        answer = await asyncio.to_thread(CliRunner().invoke, app, command)
+        normal = sum(frame.verdict is not None and not frame.verdict.anomalous for frame in frames)
+        said = (
+            f"at 0: {normal} of {len(frames)} stored frames of version 1 would flip, {normal} to anomalous, 0 to normal"
+        )
+        assert said in " ".join(answer.output.split()), answer.output
+        assert "threshold" not in files.get("line")["spec"]
         await streams.close()
         stop.set()
         await operating
