@@ -118,9 +118,8 @@ class Site:
 
     def close(self) -> None:
         for release, namespace in reversed(self.releases):
-            self.cluster.helm("uninstall", release, "-n", namespace, "--ignore-not-found", "--wait", check=False)
-        for namespace in self.namespaces:
-            self.cluster.kubectl("delete", "namespace", namespace, "--timeout=120s", check=False)
+            self.cluster.helm("uninstall", release, "-n", namespace, "--ignore-not-found", check=False)
+        self.cluster.kubectl("delete", "namespace", *self.namespaces, "--timeout=120s", check=False)
         for kind, name in reversed(self.made):
             self.cluster.kubectl("delete", kind, name, "--ignore-not-found", check=False)
 
