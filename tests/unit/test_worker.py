@@ -314,6 +314,24 @@ async def test_no_more_than_prefetch_is_ever_in_hand() -> None:
     assert max(bench.source.counts) == 3
 
 
+async def test_with_much_to_do_half_a_hand_is_read_at_once() -> None:
+    bench = Bench(prefetch=4)
+    for index in range(20):
+        await bench.admit(f"f{index}")
+    judge, turn = bench.pipeline.judge, asyncio.Lock()
+
+    async def one_by_one(image: bytes, *, pictures: bool) -> Judged:
+        async with turn:
+            await asyncio.sleep(0.002)
+            return await judge(image, pictures=pictures)
+
+    bench.pipeline.judge = one_by_one  # type: ignore[method-assign]
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: len(bench.source.emitted) == 20)
+    assert min(bench.source.counts) == 2
+
+
 async def test_what_is_ready_together_is_emitted_together() -> None:
     bench = Bench(prefetch=4)
     bench.pipeline.let.clear()

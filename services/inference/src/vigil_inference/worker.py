@@ -194,12 +194,15 @@ class Worker:
                 event = self._emptied if self._working.is_set() else self._working
                 await asyncio.wait_for(event.wait(), BLOCK_MS / 1000)
             return
-        await self._room.acquire()
+        # Half of all room at least: with much to do, a read for each frame alone costs Redis and us a good part of it.
+        count = max(1, self._prefetch // 2)
+        for _ in range(count):
+            await self._room.acquire()
         if not self._working.is_set():  # meanwhile
-            self._room.release()
+            for _ in range(count):
+                self._room.release()
             return
         role = self._role
-        count = 1
         while not self._room.locked() and count < self._prefetch:
             await self._room.acquire()
             count += 1
