@@ -43,7 +43,8 @@ HEADERS = {
 }
 ASSETS = {"style.css": "text/css", "review.js": "text/javascript", "icon.svg": "image/svg+xml"}
 QUEUE_SIZE = 10
-SPANS_MIN = (5, 60, 24 * 60)
+SPANS_MIN = {5: "5 min", 60: "1 h", 24 * 60: "24 h"}
+DEFAULT_SPAN_MIN = 60
 # Grace for the form around the mask.
 MAX_REQUEST_BYTES = pictures.MAX_MASK_BYTES + (1 << 20)
 MAX_NAME, MAX_TOKEN = 64, 4_096
@@ -225,7 +226,7 @@ async def _model(request: web.Request) -> web.Response:
     """Versions, rate and scores per camera."""
     name, session, backend = request.match_info["model"], request[SESSION], request.app[BACKEND]
     try:
-        minutes = int(request.query.get("minutes", SPANS_MIN[1]))
+        minutes = int(request.query.get("minutes", DEFAULT_SPAN_MIN))
     except ValueError as error:
         raise web.HTTPBadRequest(text="minutes is a number") from error
     if minutes not in SPANS_MIN:
