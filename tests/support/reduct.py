@@ -36,9 +36,10 @@ def _free_port() -> int:
 class ReductServer:
     """One server on a folder; may be killed and started again."""
 
-    def __init__(self, binary: str, folder: Path) -> None:
+    def __init__(self, binary: str, folder: Path, token: str = "") -> None:
         self._binary = binary
         self._folder = folder
+        self._access = {"RS_API_TOKEN": token} if token else {"RS_DISABLE_AUTH": "true"}
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,7 +52,7 @@ class ReductServer:
             "RS_DATA_PATH": str(self._folder),
             "RS_HOST": "127.0.0.1",
             "RS_PORT": str(self.port),
-            "RS_DISABLE_AUTH": "true",
+            **self._access,
             "RS_ENGINE_COMPACTION_INTERVAL": "1",
             "RS_RWLOCK_TIMEOUT": "5",
         }
@@ -87,12 +88,12 @@ class ReductServer:
 
 
 @contextlib.contextmanager
-def reduct_server(folder: Path) -> Iterator[ReductServer]:
-    """A running server; `RuntimeError` where there is no binary."""
+def reduct_server(folder: Path, *, token: str = "") -> Iterator[ReductServer]:
+    """A running server, open to everybody without a token; `RuntimeError` where there is no binary."""
     binary = find_binary()
     if binary is None:
         raise RuntimeError("no reductstore binary")
-    server = ReductServer(binary, folder / "reduct")
+    server = ReductServer(binary, folder / "reduct", token)
     server.start()
     try:
         yield server

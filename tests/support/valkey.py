@@ -55,7 +55,7 @@ class ValkeyProcess:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     probe.sendall(b"PING\r\n")
-                    if probe.recv(16).startswith(b"+PONG"):
+                    if probe.recv(16).startswith((b"+PONG", b"-NOAUTH")):
                         return self
             time.sleep(0.01)
         raise TimeoutError(f"Valkey on port {self.port} did not answer within {DEADLINE_S} s")
@@ -85,9 +85,12 @@ class ValkeyCluster:
     """Two nodes that share the slots, so that keys which must be together and are not fail."""
 
     def __init__(self, folder: Path) -> None:
+        # By itself a node takes a port 10,000 higher for the others, which may be taken or be none at all.
+        self._bus_ports = [str(free_port()) for _ in ("a", "b")]
+        settings = ("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf")
         self._nodes = [
-            ValkeyProcess(folder / name, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf")
-            for name in ("a", "b")
+            ValkeyProcess(folder / name, *settings, "--cluster-port", port)
+            for name, port in zip(("a", "b"), self._bus_ports, strict=True)
         ]
 
     @property
@@ -100,7 +103,7 @@ class ValkeyCluster:
         first, second = (node.start() for node in self._nodes)
         for node, slots in ((first, (0, 8191)), (second, (8192, 16383))):
             node.ask("CLUSTER", "ADDSLOTSRANGE", *map(str, slots))
-        first.ask("CLUSTER", "MEET", "127.0.0.1", str(second.port))
+        first.ask("CLUSTER", "MEET", "127.0.0.1", str(second.port), self._bus_ports[1])
         deadline = time.monotonic() + DEADLINE_S
         while not all("cluster_state:ok" in node.ask("CLUSTER", "INFO") for node in self._nodes):
             if time.monotonic() > deadline:

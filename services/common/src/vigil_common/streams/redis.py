@@ -488,7 +488,7 @@ class RedisFrameSource:
             reply = b"" if emission.reply == emission.outcome else emission.reply
             arguments += [emission.entry_id, emission.frame_id, emission.outcome, reply, emission.dead_reason]
             arguments.append(emission.compared)
-        names = ("frames", "verdicts", "unstored", "dead", "routing", "shadow-verdicts", "shadow-sequence")
+        names = ("frames", "verdicts", "unstored", "dead", "shadow-verdicts", "shadow-sequence")
         keys = [f"{start}{name}" for name in names]
         return [won == 1 for won in await self._connection.script(EMIT, keys, arguments)]
 
@@ -523,10 +523,10 @@ class RedisCandidateSource(RedisFrameSource):
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
         """Outcome for shadow and acknowledgement in one step."""
         start = prefix(self._model)
-        arguments: list[Any] = [self._digest, SHADOW_VERDICTS_AT_MOST]
+        arguments: list[Any] = [start, self._digest, SHADOW_VERDICTS_AT_MOST]
         for emission in emissions:
             arguments += [emission.entry_id, emission.frame_id, emission.outcome, emission.header]
-        keys = [f"{start}{name}" for name in ("frames", "routing", "shadow-verdicts", "shadow-sequence")]
+        keys = [f"{start}{name}" for name in ("frames", "shadow-verdicts", "shadow-sequence")]
         return [won == 1 for won in await self._connection.script(EMIT_CANDIDATE, keys, arguments)]
 
 

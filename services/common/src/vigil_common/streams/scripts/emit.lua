@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- Outcome, reply and acknowledgement as one step; a frame acknowledged before emits nothing.
--- KEYS: frames, verdicts, unstored, dead, routing, shadow-verdicts, shadow-sequence.
+-- KEYS: frames, verdicts, unstored, dead, shadow-verdicts, shadow-sequence; the route is only read: a worker may not more.
 -- ARGV: prefix, window_s, most shadow verdicts, then per frame: entry, frame_id, outcome, reply ('' where it is the
 -- outcome), dead_reason, compared ('' where it is the outcome).
 -- While a candidate is compared, a copy goes to shadow, of sampled frames admitted since then: what is compared is
 -- decided here, in the same step, so that both sides agree on it. It is numbered, so that what falls off shows as a gap.
 local first = {}
-local compared = redis.call('HMGET', KEYS[5], 'comparison', 'compared_from', 'sample_fraction')
+local compared = redis.call('HMGET', ARGV[1] .. 'routing', 'comparison', 'compared_from', 'sample_fraction')
 local from_ms, from_seq
 if compared[1] then from_ms, from_seq = string.match(compared[2], '^(%d+)-(%d+)$') end
 local function shown(entry, frame_id)
@@ -37,8 +37,8 @@ for i = 4, #ARGV, 6 do
       end
     end
     if shown(entry, frame_id) then
-      local number = redis.call('INCR', KEYS[7])
-      redis.call('XADD', KEYS[6], 'MAXLEN', ARGV[3], '*', 'n', number, 's', 'live', 'c', compared[1],
+      local number = redis.call('INCR', KEYS[6])
+      redis.call('XADD', KEYS[5], 'MAXLEN', ARGV[3], '*', 'n', number, 's', 'live', 'c', compared[1],
         'f', frame_id, 'o', copy == '' and outcome or copy, 'h', '')
     end
   end
