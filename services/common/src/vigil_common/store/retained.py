@@ -12,14 +12,14 @@ which store to ask. Only the copies of frames stand at odd times in what stays.
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import Conflict, InvalidInput, NotFound, VigilError
 from vigil_common.store import labels as gate
-from vigil_common.store.find import find_frame
+from vigil_common.store.find import find_frame, runs
 from vigil_common.store.ports import FrameFilter, Record, StoredRecord, Written
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vigil_common.store.ports import FrameStore, Labelling, PassingStore
 
 COPY = "retained"
+# Copies whose times are nearer than this are looked for together.
+COPY_GAP_US = 10_000_000
 # A record larger than this part of the quota would push out too much of the rest: it stays.
 LARGE = 8
 # So that the copy still has room for labels that come later.
@@ -92,20 +94,37 @@ class RetainedFrameStore:
 
     async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
         """Label what stays; what passes is copied there first where the label makes it stay."""
-        results = await self._kept.label(changes)
-        missing = [
-            index
-            for index, (change, error) in enumerate(zip(changes, results, strict=True))
-            if isinstance(error, NotFound) and change.timestamp_us % 2
-        ]
-        light = [index for index in missing if not self._stays(changes[index].labels)]
-        labelled = await self._passing.label([changes[index] for index in light]) if light else []
-        for index, result in zip(light, labelled, strict=True):
-            results[index] = result
-        for index in missing:
-            if self._stays(changes[index].labels):
-                results[index] = await self._keep(changes[index])
-        return results
+        results: dict[int, VigilError | None] = {}
+        sides: dict[bool, list[int]] = {True: [], False: []}
+        try:
+            copies = await self._copies(changes)
+        except VigilError as error:
+            return [error] * len(changes)
+        for index, change in enumerate(changes):
+            place = (change.entry, change.timestamp_us)
+            if change.timestamp_us % 2 and place not in copies and self._stays(change.labels):
+                results[index] = await self._keep(change)
+            else:
+                sides[change.timestamp_us % 2 == 0 or place in copies].append(index)
+        for stays, indexes in sides.items():
+            store = self._kept if stays else self._passing
+            done = await store.label([changes[index] for index in indexes]) if indexes else []
+            results |= dict(zip(indexes, done, strict=True))
+        return [results[index] for index in range(len(changes))]
+
+    async def _copies(self, changes: Sequence[Labelling]) -> set[tuple[str, int]]:
+        """Which of these were copied to what stays; a look costs less than a server's search for what is not there."""
+        found: set[tuple[str, int]] = set()
+        odd: dict[str, list[int]] = defaultdict(list)
+        for change in changes:
+            if change.timestamp_us % 2:
+                odd[change.entry].append(change.timestamp_us)
+        for entry, times in odd.items():
+            for start, stop in runs(sorted(times), COPY_GAP_US):
+                where = FrameFilter([entry], start_us=start, stop_us=stop + 1, equals={COPY: "true"})
+                async for record in self._kept.query(where, limit=2**31):
+                    found.add((entry, record.timestamp_us))
+        return found
 
     async def _keep(self, change: Labelling) -> VigilError | None:
         """Copy a frame to what stays, and label it there."""
