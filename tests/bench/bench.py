@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 from vigil_cli.local.stack import LocalStack
 from vigil_client import Frame, StorageClient, VigilClient
 from vigil_common.bundle import digest, open_bundle
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     options = parser.parse_args()
-    result = asyncio.run(run(options.seconds, options.rounds, options.out))
+    result = uvloop.run(run(options.seconds, options.rounds, options.out))
     plot(result, options.out / "bench.png")
     print(f"details in {options.out}/bench.json, picture in {options.out}/bench.png")
     print(

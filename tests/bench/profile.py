@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import uvloop
 from vigil_cli.local.stack import LocalStack
 from vigil_client import StorageClient, VigilClient
 from vigil_common.streams.redis import RedisStreams
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("out/profile"))
     options = parser.parse_args()
-    result = asyncio.run(run(options.seconds, options.window, options.out))
+    result = uvloop.run(run(options.seconds, options.window, options.out))
     (options.out / "profile.json").write_text(json.dumps(result, indent=2))
     print(table(result))
     print(f"flame graphs in {options.out}/*.html")
