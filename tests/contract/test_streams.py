@@ -263,6 +263,36 @@ async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: P
     server.stop()
 
 
+async def test_a_connection_that_the_server_closed_while_nobody_used_it_is_replaced(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await admit(streams, "f1")
+    (line,) = streams.queue._connection._idle
+    server.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    async with asyncio.timeout(5):
+        while not line._reader.at_eof():
+            await asyncio.sleep(0.01)
+    assert (await admit(streams, "f2")).state is Admission.ADMITTED
+    await streams.close()
+    server.stop()
+
+
+async def test_the_answer_to_a_read_that_was_given_up_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await streams.routing.write(M, live=Live(1, "sha256:1"))
+    waiting = asyncio.create_task(streams.routing.wait(M, 1, block_ms=300))
+    while "blocked_clients:1" not in server.ask("INFO", "clients"):
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    await asyncio.sleep(0.5)  # past the block: its answer would be there
+    for name in ("f1", "f2"):
+        assert (await admit(streams, name)).state is Admission.ADMITTED
+    await streams.close()
+    server.stop()
+
+
 def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:
     # uvloop's and redis-py's own words, as they came in runs with faults.
     closed = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")

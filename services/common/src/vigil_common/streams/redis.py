@@ -149,11 +149,46 @@ class _Connection:
         self.clustered = isinstance(client, RedisCluster)
         self._waiting: list[tuple[Script, list[str], list[Any], asyncio.Future[Any]]] = []
         self._flusher: asyncio.Task[None] | None = None
+        # Connections that nobody uses at the moment; on one node.
+        self._idle: list[Any] = []
 
     async def command(self, *arguments: Any) -> Any:
         """One command."""
         with translated():
+            return await self._execute(*arguments)
+
+    async def _execute(self, *arguments: Any) -> Any:
+        if self.clustered:
             return await self.client.execute_command(*arguments)
+        (answer,) = await self._converse([arguments])
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
+
+    async def _converse(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Commands in one round trip, on a connection that nobody else uses; what the server refuses is an answer.
+
+        redis-py's own way to a connection (pool, locks, its observers) costs as much again as all that is done here.
+        """
+        line = self._idle.pop() if self._idle else self.client.connection_pool.make_connection()
+        answers: list[Any] = []
+        try:
+            if line.is_connected and line._reader.at_eof():  # noqa: SLF001 - the server has gone; its own look costs a read
+                await line.disconnect(nowait=True)
+            if not line.is_connected:
+                await line.connect()
+            await line.send_packed_command(line.pack_commands(commands), check_health=False)
+            for _ in commands:
+                try:
+                    answers.append(await line.read_response())
+                except ResponseError as error:
+                    answers.append(error)
+        except BaseException:
+            # An answer that still comes would be taken for that of the next command.
+            await line.disconnect(nowait=True)
+            raise
+        self._idle.append(line)
+        return answers
 
     async def commands(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Several commands in one round trip; errors come back as values, but that it is away is raised."""
@@ -161,10 +196,7 @@ class _Connection:
             calls = (self.client.execute_command(*command) for command in commands)
             results: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
         else:
-            pipeline = self.client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            results = await pipeline.execute(raise_on_error=False)
+            results = await self._converse(commands)
         for result in results:
             if isinstance(result, BaseException) and away(result):
                 raise unavailable(result)
@@ -174,9 +206,9 @@ class _Connection:
         """Run a script; loads it where the server does not know it."""
         with translated():
             try:
-                return await self.client.execute_command("EVALSHA", script.sha, len(keys), *keys, *arguments)
+                return await self._execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
             except NoScriptError:
-                return await self.client.execute_command("EVAL", script.source, len(keys), *keys, *arguments)
+                return await self._execute("EVAL", script.source, len(keys), *keys, *arguments)
 
     async def batched_script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
         """As `script`, but calls made while one is under way share the next round trip (and its fsync)."""
@@ -237,7 +269,9 @@ class _Connection:
         return _entries(reply)
 
     async def close(self) -> None:
-        """Close the pool."""
+        """Close all connections."""
+        while self._idle:
+            await self._idle.pop().disconnect()
         await self.client.aclose()
 
 
