@@ -158,6 +158,24 @@ def test_queue_and_store_keep_their_address_when_their_pod_is_replaced() -> None
         assert (kinds[part]["type"], kinds[part].get("clusterIP")) == ("ClusterIP", None)
 
 
+def test_queue_and_store_hear_that_they_are_to_stop(tmp_path: Path) -> None:
+    """The first process of a container gets SIGTERM, and a shell would not hand it on."""
+    for number, part in enumerate(of_kind(CHARTS / "vigil" / "ci" / "tls-values.yaml", "StatefulSet")):
+        (container,) = part["spec"]["template"]["spec"]["containers"]
+        root = tmp_path / str(number)
+        for folder in ("bin", "etc/vigil/redis", "etc/vigil/store", "run/valkey"):
+            (root / folder).mkdir(parents=True)
+        (root / "etc/vigil/redis/password").write_text("secret")
+        (root / "etc/vigil/store/token").write_text("secret")
+        for name in ("valkey-server", "reductstore"):
+            (root / "bin" / name).write_text("#!/bin/sh\necho $$\n")
+            (root / "bin" / name).chmod(0o755)
+        command = [re.sub(r"(?<![\w/])/(?=(etc|run)/)", f"{root}/", word) for word in container["command"]]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env={"PATH": f"{root}/bin:/usr/bin:/bin"}) as process:
+            told, _ = process.communicate(timeout=10)
+        assert int(told) == process.pid, command
+
+
 def test_the_definition_outlives_the_release() -> None:
     (definition,) = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "CustomResourceDefinition")
     assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"

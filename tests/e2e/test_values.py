@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +198,13 @@ def test_tls(site: Site, tmp_path: Path) -> None:
         *("secrets.redis=vigil-redis", "secrets.tls=vigil-tls"),
         *("secrets.token=vigil-service-token", "secrets.tokens=vigil-tokens"),
     )
+    site.check(namespace)
+    # And a Valkey with a password ends when it is told to, not at the end of its 30 s.
+    asked = time.monotonic()
+    site.cluster.kubectl("delete", "pod", "vigil-valkey-0", "-n", namespace)
+    seconds = time.monotonic() - asked
+    say(f"Valkey ended within {seconds:.1f} s")
+    assert seconds < 20.0
     site.check(namespace)
 
 
