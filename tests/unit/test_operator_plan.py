@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vigil_operator.observed import Description, Problem
@@ -119,6 +120,19 @@ async def test_what_is_kept_of_normal_frames_is_there_before_the_route_and_follo
     await world.settle()
     assert await world.streams.routing.kept_fraction("cells") is None
     assert (kept_at_each_write, world.status.phase, len(world.status.history)) == ([0.05], Phase.LIVE, 1)
+
+
+async def test_each_promotion_is_written_down_with_whose_it_was_and_what_was_live_before() -> None:
+    with structlog.testing.capture_logs() as lines:
+        world = await shadowing()
+        world.verdicts[2] = GOOD
+        await world.settle(86_401)
+    said = [line for line in lines if line["event"] == "audit"]
+    assert {line["by"] for line in said} == {"operator, for default/solar"}
+    assert [(line["before_version"], line["before_digest"], line["version"], line["digest"]) for line in said] == [
+        (None, None, 1, digest_of(1)),
+        (1, digest_of(1), 2, digest_of(2)),
+    ]
 
 
 async def test_too_little_evidence_aborts_after_the_timeout_where_asked() -> None:

@@ -154,9 +154,17 @@ class Reconciler:
                         before=status.phase.value,
                         live=live.version if live else None,
                     )
-                if (live := made.status.live) and (status.live is None or live.digest != status.live.digest):
-                    who, model = f"operator, for {resource.namespace}/{resource.name}", resource.spec.source.model
-                    audit("promoted", by=who, model=model, version=live.version, digest=live.digest)
+                before = status.live
+                if (live := made.status.live) and (before is None or live.digest != before.digest):
+                    audit(
+                        "promoted",
+                        by=f"operator, for {resource.namespace}/{resource.name}",
+                        model=resource.spec.source.model,
+                        version=live.version,
+                        digest=live.digest,
+                        before_version=before.version if before else None,
+                        before_digest=before.digest if before else None,
+                    )
                 status = made.status
             moved = any(isinstance(action, WriteStatus | WriteRoute | KeepFraction) for action in made.actions)
             if trouble:
