@@ -30,8 +30,8 @@ from vigil_trainer import train
 
 from tests.faults.link import Mode
 from tests.faults.promises import Promise, compare
-from tests.faults.schedule import Fault, Kind, schedule
-from tests.faults.stack import REDUCT, VALKEY, Disk, FaultyStack
+from tests.faults.schedule import Fault, Kind, Places, schedule
+from tests.faults.stack import FAKETIME, REDUCT, VALKEY, Disk, FaultyStack
 from tests.support.cells import load_cells
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class Run:
                 self.disks[name] = Disk(self.stack.folder / name)
             except OSError as error:
                 print(f"faults: no full disk for {name}: {error} (root can mount)")
+        if FAKETIME is None:
+            print("faults: no clock that jumps: libfaketime is not installed")
 
     async def _set_up(self) -> None:
         stack, cells = self.stack, load_cells()
@@ -121,15 +123,14 @@ class Run:
         ]
         watching = asyncio.create_task(self._watch())
         under_way: set[asyncio.Task[None]] = set()
-        links = sorted(self.stack.links)
-        plan = schedule(
-            self.seed,
-            self.seconds,
+        places = Places(
             parts=sorted(self.stack.parts),
-            links=links,
+            links=sorted(self.stack.links),
             disks=sorted(self.disks),
+            clocks=sorted(self.stack.clocks),
             versions=LIVE_VERSIONS,
         )
+        plan = schedule(self.seed, self.seconds, places)
         for fault in plan:
             await asyncio.sleep(fault.after_s)
             # One thing at a time per part: what two faults of one part would mean is not said by their names.
@@ -162,37 +163,43 @@ class Run:
             return
         self._say(str(fault))
         self.injected[fault.kind.value] += 1
-        stack = self.stack
         try:
-            match fault.kind:
-                case Kind.KILL | Kind.AWAY:
-                    stack.kill(fault.where)
-                    await asyncio.sleep(fault.for_s)
-                    await stack.revive(fault.where)
-                case Kind.RESTART:
-                    await stack.stop(fault.where)
-                    await asyncio.sleep(fault.for_s)
-                    await stack.revive(fault.where)
-                case Kind.FREEZE:
-                    with stack.frozen(fault.where):
-                        await asyncio.sleep(fault.for_s)
-                case Kind.CUT | Kind.STALL | Kind.DELAY:
-                    mode = {Kind.CUT: Mode.CUT, Kind.STALL: Mode.STALLED, Kind.DELAY: Mode.SLOW}[fault.kind]
-                    stack.links[fault.where].set(mode, fault.amount)
-                    await asyncio.sleep(fault.for_s)
-                    stack.links[fault.where].set(Mode.OPEN)
-                case Kind.DISK_FULL:
-                    with self.disks[fault.where].full():
-                        await asyncio.sleep(fault.for_s)
-                    if stack.ended(fault.where) is not None:
-                        await stack.revive(fault.where)
-                case Kind.FAILOVER:
-                    await stack.failover()
-                    self.disks.pop(VALKEY, None)
-                case Kind.PROMOTE:
-                    await self._promote(int(fault.amount))
+            await self._carry_out(fault)
         finally:
             self._busy.discard(fault.where)
+
+    async def _carry_out(self, fault: Fault) -> None:
+        stack = self.stack
+        match fault.kind:
+            case Kind.KILL | Kind.AWAY:
+                stack.kill(fault.where)
+                await asyncio.sleep(fault.for_s)
+                await stack.revive(fault.where)
+            case Kind.RESTART:
+                await stack.stop(fault.where)
+                await asyncio.sleep(fault.for_s)
+                await stack.revive(fault.where)
+            case Kind.FREEZE:
+                with stack.frozen(fault.where):
+                    await asyncio.sleep(fault.for_s)
+            case Kind.CUT | Kind.STALL | Kind.DELAY:
+                mode = {Kind.CUT: Mode.CUT, Kind.STALL: Mode.STALLED, Kind.DELAY: Mode.SLOW}[fault.kind]
+                stack.links[fault.where].set(mode, fault.amount)
+                await asyncio.sleep(fault.for_s)
+                stack.links[fault.where].set(Mode.OPEN)
+            case Kind.DISK_FULL:
+                with self.disks[fault.where].full():
+                    await asyncio.sleep(fault.for_s)
+                if stack.ended(fault.where) is not None:
+                    await stack.revive(fault.where)
+            case Kind.CLOCK:
+                with stack.clock_off(fault.where, fault.amount):
+                    await asyncio.sleep(fault.for_s)
+            case Kind.FAILOVER:
+                await stack.failover()
+                self.disks.pop(VALKEY, None)
+            case Kind.PROMOTE:
+                await self._promote(int(fault.amount))
 
     async def _watch(self) -> None:
         """Start what ended by itself, as an orchestrator does, and remember that it did."""

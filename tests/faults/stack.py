@@ -1,4 +1,8 @@
-"""The platform as processes, every way between them through a link, its stores on disks that can be made full."""
+"""The platform as processes, every way between them through a link, its stores on disks that can be made full.
+
+With libfaketime each process has a clock of its own, which can be put off while it runs; what it measures durations
+with (the monotonic clock) goes on, as when a real clock is set.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vigil_cli.local.stack import LocalStack, StackError
@@ -16,10 +21,10 @@ from tests.faults.link import Link
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 DISK_BYTES = 3 << 30
 VALKEY, REDUCT = "valkey", "reductstore"
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 class FaultyStack(LocalStack):
@@ -29,6 +34,37 @@ class FaultyStack(LocalStack):
         super().__init__(folder, **options)
         self.links: dict[str, Link] = {}
         self._failovers = 0
+
+    def _add(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        if FAKETIME is not None:
+            clock = self._clock(name)
+            clock.parent.mkdir(parents=True, exist_ok=True)
+            clock.write_text("+0\n")
+            env = {
+                **env,
+                "LD_PRELOAD": str(FAKETIME),
+                "FAKETIME_TIMESTAMP_FILE": str(clock),
+                "FAKETIME_CACHE_DURATION": "1",
+                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            }
+        super()._add(name, command, env)
+
+    def _clock(self, name: str) -> Path:
+        return self.folder / "clocks" / name
+
+    @property
+    def clocks(self) -> list[str]:
+        """The parts whose clocks can be put off."""
+        return self.parts if FAKETIME is not None else []
+
+    @contextlib.contextmanager
+    def clock_off(self, name: str, seconds: float) -> Iterator[None]:
+        """A part's clock jumps, and in the end back."""
+        self._clock(name).write_text(f"{seconds:+g}\n")
+        try:
+            yield
+        finally:
+            self._clock(name).write_text("+0\n")
 
     def link(self, name: str, target: str) -> str:
         """The near end of a new link."""
