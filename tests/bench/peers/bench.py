@@ -137,7 +137,9 @@ class LeftOut(Exception):
 
 async def installed(name: str) -> str:
     """The interpreter of a peer's environment, made where it is missing."""
-    uv = shutil.which("uv") or "uv"
+    uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` tells what it is
+    if uv is None:
+        raise LeftOut("uv, which makes its environment, is not on the path")
     script = str(HERE / f"{name}_peer.py")
     env = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     for command in (["sync", "--quiet", "--script", script], ["python", "find", "--script", script]):
@@ -522,6 +524,7 @@ async def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     pythons: dict[str, str] = {}
     left_out: dict[str, str] = {}
     for name in options.peers:
+        (options.out / f"{name}.log").unlink(missing_ok=True)
         try:
             pythons[name] = await installed(name)
         except LeftOut as error:
