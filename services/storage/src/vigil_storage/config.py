@@ -49,7 +49,7 @@ class Settings(SecuritySettings):
     metrics_port: int = 9090
     confirm_after_s: float = 2.5
     batch_size: int = 32
-    flush_ms: int = 50
+    flush_ms: int = 250
     retention_normal_bytes: Annotated[int, AfterValidator(_quota)] = 0
     retention_normal_fraction: Annotated[float, Field(ge=0, le=1)] = 1.0
     drain_s: float = 10.0

@@ -186,11 +186,13 @@ class FrameWriter:
             todo = [one for one, left in zip(todo, out, strict=True) if not left]
         # By time: what comes late costs a look, and a track of its own.
         todo.sort(key=lambda one: (one[1].entry, one[1].timestamp_us))
-        # One entry is in one lane: the store takes one batch at a time for it.
+        # One entry is in one lane: the store takes one batch at a time for it. Few records go in few calls: each call
+        # costs both sides as much as some records do.
+        count = min(self._options.lanes, -(-len(todo) // self._options.batch_size))
         lanes: dict[int, list[tuple[QueuedOutcome, Record]]] = defaultdict(list)
         lane_of: dict[str, int] = {}
         for outcome, record in todo:
-            lanes[lane_of.setdefault(record.entry, len(lane_of) % self._options.lanes)].append((outcome, record))
+            lanes[lane_of.setdefault(record.entry, len(lane_of) % count)].append((outcome, record))
         await asyncio.gather(*(self._write_lane(lane, stop) for lane in lanes.values()))
 
     async def _write_lane(self, records: Sequence[tuple[QueuedOutcome, Record]], stop: asyncio.Event) -> None:
