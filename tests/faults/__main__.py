@@ -62,6 +62,7 @@ class Run:
         self.exits: list[str] = []
         self._models: list[Model] = []
         self._busy: set[str] = set()
+        self._mounts = contextlib.ExitStack()
         self._began = 0.0
         self._ended = asyncio.Event()
 
@@ -74,13 +75,14 @@ class Run:
                 await self._play()
                 return await self._judge()
         finally:
-            for disk in self.disks.values():
-                disk.close()
+            self._mounts.close()
 
     def _mount(self) -> None:
         for name in (REDUCT, VALKEY):
             try:
                 self.disks[name] = Disk(self.stack.folder / name)
+                # Not by what `disks` has in the end: a failover leaves one behind.
+                self._mounts.callback(self.disks[name].close)
             except OSError as error:
                 print(f"faults: no full disk for {name}: {error} (root can mount)")
         if FAKETIME is None:
