@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import io
 import json
 import os
 import platform
+import socket
 import sys
 import tarfile
 import urllib.error
@@ -16,13 +18,15 @@ from pathlib import Path
 
 import pytest
 from vigil_cli.demo import split_cells
-from vigil_cli.local import find_store
-from vigil_cli.local.process import Process
+from vigil_cli.local import LocalStack, StackError, find_store
+from vigil_cli.local.operator import ResourceFiles
+from vigil_cli.local.process import Process, free_port
 from vigil_cli.sources import SourceError, open_source
-from vigil_common.errors import Unavailable
+from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.grpc.workers import worker_address
 
 DEADLINE_S = 20.0
+HEAD = "{apiVersion: vigil.dev/v1alpha1, kind: AnomalyModel"
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 # A parent that starts a child, says its id, and is killed.
 PARENT = """
@@ -156,3 +160,45 @@ def test_the_live_worker_s_address_is_read_anew_at_each_call(tmp_path: Path) -> 
     with pytest.raises(Unavailable):
         worker_address(setting, "../secret")
     assert worker_address("vigil-{model}.ns.svc:50052", "cells") == "vigil-cells.ns.svc:50052"
+
+
+async def test_a_second_platform_in_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StackError, match="already"):
+            await LocalStack(tmp_path).__aenter__()
+
+
+async def test_tokens_without_one_for_the_services_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="VIGIL_TOKEN_FILE"):
+        await LocalStack(tmp_path, env={"VIGIL_TOKENS_FILE": "tokens.yaml"}).__aenter__()
+
+
+def test_a_port_is_the_one_wanted_where_it_is_free() -> None:
+    first = free_port()
+    assert free_port(first) == first
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", first))
+        held.listen()
+        assert free_port(first) != first
+
+
+def test_a_path_that_is_not_there_is_named() -> None:
+    with pytest.raises(SourceError, match="there is no nowhere"):
+        open_source(["nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "not YAML"),
+        (
+            f"{HEAD}, metadata: {{name: m}}, spec: {{source: {{model: m, version: 2}}}}}}",
+            "put it in quotes",
+        ),
+    ],
+)
+def test_what_is_applied_and_is_none_is_said_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        ResourceFiles(tmp_path).apply(text)

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
-from vigil_client import ServiceError
+from vigil_client import Failure, ServiceError
 from vigil_common.errors import VigilError
 
 from vigil_cli.sources import SourceError
@@ -27,6 +27,20 @@ DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"
 
 
+_UP = "is the platform up there? On this machine: `vigil local up`, and here `source out/local/env`"
+_HINTS = {
+    "TOKEN_MISSING": "give it by --token or VIGIL_TOKEN",
+    "TOKEN_UNKNOWN": "see --token and VIGIL_TOKEN",
+}
+
+
+def hint(failure: Failure) -> str:
+    """What to do next, where there is something to say."""
+    if failure.code == "UNAVAILABLE" and not failure.reason:
+        return _UP
+    return _HINTS.get(failure.reason, "")
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """An expected error becomes one line and exit code 1."""
@@ -34,6 +48,8 @@ def told() -> Iterator[None]:
         yield
     except (ServiceError, VigilError, SourceError, OSError) as error:
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        if isinstance(error, ServiceError) and (next_step := hint(error.failure)):
+            errors.print(next_step, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -126,6 +126,8 @@ def report(
         typer.echo(json.dumps(MessageToDict(found, preserving_proto_field_name=True)))
         return
     show(found)
+    if not gates.ListFields():
+        console.print(f"by the default gates; those of an AnomalyModel: `vigil report {model}`", highlight=False)
     if output is not None:
         console.print(f"written to {output}", highlight=False)
 

@@ -72,6 +72,8 @@ def open_source(paths: Sequence[str]) -> Source:
             else:
                 images.append(path)
         else:
+            if not glob.has_magic(text):
+                raise SourceError(f"there is no {text}")
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))  # noqa: PTH207 - absolute, too
             images += _some([match for match in matches if match.suffix.lower() in IMAGE_SUFFIXES], text)
     return Source(tuple(images), tuple(streams))

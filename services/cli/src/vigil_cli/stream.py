@@ -13,7 +13,7 @@ from rich.table import Table
 from vigil_client import Frame, Result, VigilClient, Visualization, WaitFor
 from vigil_common.trace import traced
 
-from vigil_cli.options import DEFAULT_INGEST, Address, AsJson, Token, console, errors, run
+from vigil_cli.options import DEFAULT_INGEST, Address, AsJson, Token, console, errors, hint, run
 from vigil_cli.sources import Source, SourceError, open_source
 
 
@@ -36,7 +36,7 @@ def stream(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send images to a model and show what it says."""
+    """Send images to a model; prints those that it calls anomalous, and a line on all."""
     try:
         source = open_source(paths)
     except SourceError as error:
@@ -58,6 +58,8 @@ def stream(
     results = run(work())
     if not as_json:
         _show(results)
+    for next_step in {hint(result.error) for result in results if result.error} - {""}:
+        errors.print(next_step, highlight=False, soft_wrap=True)
     if any(result.error for result in results):
         raise typer.Exit(1)
 
@@ -75,6 +77,8 @@ async def _collect(
                 typer.echo(json.dumps(_plain(result, name)))
             elif result.error is not None:
                 errors.print(f"{name}: {result.error.reason or result.error.code}: {result.error.message}")
+            elif result.verdict is not None and result.verdict.anomalous:
+                console.print(f"{name}: anomalous, {result.verdict.score:.3f}", highlight=False, soft_wrap=True)
             if result.verdict is not None and result.verdict.visualization:
                 await asyncio.to_thread(_save, pictures / f"{result.frame_id}.png", result.verdict.visualization)
                 # A long stream must not pile up its pictures in memory.

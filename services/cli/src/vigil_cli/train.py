@@ -11,11 +11,15 @@ from typing import Annotated, Any, Self
 
 import typer
 from vigil_client import StorageClient
+from vigil_common.bundle import NAME
 
 from vigil_cli.evaluation.dataset import Item, read_dataset
 from vigil_cli.export import Format, write_export
-from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run, told
 from vigil_cli.sources import find_images
+
+# Fewer than these say too little of where the threshold belongs.
+FEW_ANOMALOUS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,7 @@ def train(
     camera: Annotated[str | None, typer.Option(help="Only this camera's.")] = None,
     since: Annotated[datetime | None, typer.Option(help="From this time on, local time.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Before this time, local time.")] = None,
-    trainer: Annotated[Trainer, typer.Option(help="Anomalib is an extra: vigil-cli[anomalib].")] = Trainer.BUILTIN,
+    trainer: Annotated[Trainer, typer.Option(help="Anomalib is an extra: vigil-cli\\[anomalib].")] = Trainer.BUILTIN,
     algorithm: Annotated[str, typer.Option(help="Anomalib's model, such as Patchcore or Padim.")] = "Patchcore",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("bundle.tar"),
     storage_address: StorageAddress = DEFAULT_STORAGE,
@@ -110,6 +114,12 @@ def train(
     source = {key: value for key, value in asked.items() if value}
     if not (data or normal or abnormal or from_store):
         raise typer.BadParameter("name a folder, --normal DIR or --from-store")
+    if not NAME.fullmatch(name):
+        raise typer.BadParameter(
+            "a model's name has 1 to 63 lower-case letters, digits and dashes", param_hint="--name"
+        )
+    with told():
+        output.parent.mkdir(parents=True, exist_ok=True)
 
     async def work() -> None:
         images = TrainingSet.of_dataset(data) if data else TrainingSet()
@@ -144,10 +154,16 @@ def _train(images: TrainingSet, name: str, algorithm: str | None, source: dict[s
     measured = {"AUROC": result.auroc, "F1": result.f1, "pixel AUROC": result.pixel_auroc, "PRO": result.pro}
     text = "".join(f", {what} {value:.3f}" for what, value in measured.items() if value is not None)
     console.print(f"{given}{text}, fitted in {result.fit_s:.1f} s", soft_wrap=True, highlight=False)
+    if 0 < len(images.abnormal) < FEW_ANOMALOUS:
+        console.print(
+            f"{len(images.abnormal)} anomalous images chose the threshold: too few for it, and for these figures, to "
+            "be relied on; compare it with what is live before it goes there",
+            soft_wrap=True,
+            highlight=False,
+        )
     return result.bundle
 
 
 def _save(output: Path, bundle: bytes) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(bundle)
     console.print(str(output), soft_wrap=True, highlight=False)

@@ -28,7 +28,7 @@ _GOODBYE_S = 2.0
 
 
 def _retryable(failure: Failure) -> bool:
-    # RESOURCE_EXHAUSTED without a delay is gRPC's own word for a message over its limit: that never gets better.
+    # Without a delay it is gRPC's own word, such as for headers over its limit: that never gets better.
     if failure.code == "RESOURCE_EXHAUSTED":
         return failure.retry_after_s is not None
     return failure.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}

@@ -49,6 +49,10 @@ VISUALIZATIONS = {
 }
 
 
+# What gRPC says of a message over its limit, which never reaches the service.
+_TOO_LARGE = "message larger than max"
+
+
 def wait_for(what: WaitFor) -> ingest_pb2.WaitFor.ValueType:
     """The protobuf value."""
     return _WAIT[what]
@@ -112,7 +116,10 @@ def rpc_failure(error: grpc.aio.AioRpcError) -> Failure:
     status = rpc_status.from_call(cast("grpc.Call", error))  # it reads what both have
     if status is not None:
         return failure(status)
-    return Failure(error.code().name, "", error.details() or "no details")
+    details = error.details() or "no details"
+    if _TOO_LARGE in details:
+        return Failure("INVALID_ARGUMENT", "IMAGE_TOO_LARGE", f"the server takes no message that large ({details})")
+    return Failure(error.code().name, "", details)
 
 
 def stored_frame(message: storage_pb2.StoredFrame) -> StoredFrame:

@@ -8,6 +8,7 @@ import io
 import re
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -21,7 +22,6 @@ from vigil_client.types import Failure, Model, ServiceError, StoredFrame, new_fr
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
-    from pathlib import Path
 
     from vigil_client.types import Annotation, HumanLabel, ReviewedFrame, ReviewItem
 
@@ -354,11 +354,15 @@ def _chunks(bundle: bytes | Path) -> Iterator[bytes]:
 
 
 def _name_in(bundle: bytes | Path) -> str:
-    """The model's name in a bundle; empty where it is no bundle, which the server then says better."""
+    """The model's name in a bundle."""
     try:
         with tarfile.open(fileobj=io.BytesIO(bundle)) if isinstance(bundle, bytes) else tarfile.open(bundle) as tar:
             manifest = tar.extractfile("vigil.yaml")
             found = _NAME.search(manifest.read() if manifest else b"")
     except (tarfile.TarError, KeyError):
-        return ""
-    return found[1].decode() if found else ""
+        found = None
+    if found is None:
+        what = bundle if isinstance(bundle, Path) else "what was given"
+        message = f"{what} is no bundle; `vigil train` and `vigil model import` make one"
+        raise ServiceError(Failure("INVALID_ARGUMENT", "BUNDLE_CORRUPT", message))
+    return found[1].decode()

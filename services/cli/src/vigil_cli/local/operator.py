@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from pydantic_core import ErrorDetails
     from vigil_operator.observed import Description, Resource
     from vigil_operator.plan import Emit
     from vigil_operator.status import Status
@@ -76,7 +77,11 @@ class ResourceFiles:
             InvalidInput: RESOURCE_INVALID.
         """
         applied = []
-        for document in yaml.safe_load_all(text):
+        try:
+            documents = list(yaml.safe_load_all(text))
+        except yaml.YAMLError as error:
+            raise InvalidInput("RESOURCE_INVALID", f"not YAML: {' '.join(str(error).split())}") from error
+        for document in documents:
             if document is None:
                 continue
             name, spec = _checked(document)
@@ -143,10 +148,14 @@ def _checked(document: Any) -> tuple[str, dict[str, Any]]:
         Spec.model_validate(document["spec"])
         return str(document["metadata"]["name"]), dict(document["spec"])
     except ValidationError as error:
-        said = "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        said = "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}{_quoted(e)}" for e in error.errors())
         raise InvalidInput("RESOURCE_INVALID", said) from error
     except (KeyError, TypeError) as error:
         raise InvalidInput("RESOURCE_INVALID", f"not a resource: {error} is missing") from error
+
+
+def _quoted(error: ErrorDetails) -> str:
+    return ", so put it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int) else ""
 
 
 def _merge(old: Any, patch: Any) -> Any:

@@ -27,10 +27,15 @@ _LAUNCHER = (
 )
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
+def free_port(wanted: int = 0) -> int:
+    """A port that was free a moment ago: the one wanted where it is, else any."""
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+        # As servers do, so that a port whose connections have just ended counts as free.
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind(("127.0.0.1", wanted))
+        except OSError:
+            found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
         return port
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
+import json
 import os
 import sys
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -72,6 +74,8 @@ class LocalStack:
         self._service_env = {"VIGIL_LOG_LEVEL": log_level, **(env or {})}
         self._processes: dict[str, Process] = {}
         self._ports: dict[str, int] = {}
+        self._ports_before: dict[str, int] = {}
+        self._lock: TextIO | None = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -96,6 +100,19 @@ class LocalStack:
         finally:
             for process in self._processes.values():
                 process.kill()
+            if self._lock is not None:
+                self._lock.close()
+
+    def _keep_alone(self) -> None:
+        """Two platforms on the same data would take turns in losing it."""
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StackError(
+                f"a platform runs in {self.folder} already: use it (source {self.folder / 'env'}), stop it, or choose "
+                "another folder"
+            ) from None
 
     async def start(self, name: str) -> None:
         """Start a part that was stopped or killed, on the port it had, and wait until it is ready."""
@@ -201,6 +218,14 @@ class LocalStack:
 
     async def _up(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep_alone()
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self._ports_before = json.loads((self.folder / "ports.json").read_text())
+        settings = {**os.environ, **self._service_env}
+        if settings.get("VIGIL_TOKENS_FILE") and not settings.get("VIGIL_TOKEN_FILE"):
+            raise StackError(
+                "services need a token of their own, with the role serve: name its file in VIGIL_TOKEN_FILE"
+            )
         if self.store is None:
             self.store = await asyncio.to_thread(find_store, self.folder / "store")
         self.log(f"store: {self.store.description}")
@@ -224,7 +249,9 @@ class LocalStack:
 
     def _bind(self, name: str) -> str:
         if name not in self._ports:
-            self._ports[name] = free_port()
+            self._ports[name] = free_port(self._ports_before.get(name, 0))
+            # Kept for the next time, so that addresses in other terminals and bookmarks stay good.
+            (self.folder / "ports.json").write_text(json.dumps(self._ports))
         return f"127.0.0.1:{self._ports[name]}"
 
     def _add(self, name: str, command: list[str], env: dict[str, str]) -> None:
