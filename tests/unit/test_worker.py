@@ -298,6 +298,21 @@ async def test_a_promoted_candidate_goes_on_as_live_with_every_frame_live_had_le
     assert sorted(bench.outcomes()) == ["f0", "f1", "f2"]
 
 
+async def test_lives_frames_do_not_wait_for_the_read_of_a_candidate_that_is_promoted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_MS", 3_000)
+    bench = Bench()
+    await bench.compare()
+    async with working(bench):
+        await bench.admit("before")
+        await bench.until(lambda: len(bench.shadow.emitted) == 1)
+        await bench.promote()
+        began = time.monotonic()
+        await bench.until(lambda: len(bench.source.emitted) == 1)
+        assert time.monotonic() - began < 1
+
+
 async def test_no_more_than_prefetch_is_ever_in_hand() -> None:
     bench = Bench(prefetch=3)
     bench.pipeline.let.clear()

@@ -46,6 +46,8 @@ SCORES = Histogram(
     buckets=(0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
 BLOCK_MS = 500
+# A candidate waits for less: once it is promoted its read brings nothing more, and live's frames would wait for it.
+CANDIDATE_BLOCK_MS = 50
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
 # Verdicts that wait for Redis; past this, no more frames are taken.
@@ -208,7 +210,8 @@ class Worker:
             count += 1
         frames: list[QueuedFrame] = []
         try:
-            frames = await self._sources[role].read(count=count, block_ms=BLOCK_MS)
+            block_ms = BLOCK_MS if role is Role.LIVE else min(BLOCK_MS, CANDIDATE_BLOCK_MS)
+            frames = await self._sources[role].read(count=count, block_ms=block_ms)
         finally:
             for _ in range(count - len(frames)):
                 self._room.release()
