@@ -286,7 +286,7 @@ class LocalStack:
             "RS_PORT": self._bind(_REDUCT).rpartition(":")[2],
             "RS_ENGINE_COMPACTION_INTERVAL": "1",
             "RS_RWLOCK_TIMEOUT": "5",
-            # With an arena per thread its memory wanders up for ever; with four it stands nearly still after 30,000 records, and as many lanes write.
+            # With an arena a thread its memory wanders up for ever; with four it is still after 30,000 records.
             "MALLOC_ARENA_MAX": "4",
         }
         token = self._secret("VIGIL_STORE_TOKEN_FILE")

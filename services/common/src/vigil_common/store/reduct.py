@@ -16,7 +16,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from reduct import BucketSettings, QuotaType, RecordBatch, ReductError
@@ -38,7 +38,7 @@ from vigil_common.store.reduct_client import (
     translated,
     unavailable,
 )
-from vigil_common.store.tracks import Tracks, base_of
+from vigil_common.store.tracks import Frame, Tracks, base_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
@@ -199,14 +199,14 @@ class ReductFrameStore:
             free: list[tuple[int, int]] = []
             for index in ours:
                 record = records[index]
-                at = record.timestamp_us
-                while (other := await standing.at(at)) is not None and other.frame_id != record.labels["frame_id"]:
+                at, frame_id = record.timestamp_us, record.labels["frame_id"]
+                while (other := await standing.at(at, frame_id)) is not None and other.frame_id != frame_id:
                     at += self._stride_us
                 if other is not None:
                     same = (other.sha256, other.size_bytes) == (record.labels["sha256"], len(record.body))
                     results[index] = Written(at, existed=True) if same else _reused(record)
                     continue
-                standing.put(at, _Frame(record.labels["frame_id"], record.labels["sha256"], len(record.body)))
+                standing.put(at, _frame_of(record))
                 free.append((at, index))
             free.sort()
             names = self.tracks.assign(base, [at for at, _ in free])
@@ -248,7 +248,7 @@ class ReductFrameStore:
                     continue
                 results[index] = outcome
                 if isinstance(outcome, Written):
-                    self.tracks.written(track, at)
+                    self.tracks.written(track, at, _frame_of(records[index]))
         return again
 
     async def _resolve(self, record: Record, track: str, at: int, trouble: BaseException) -> Written | Exception | int:
@@ -465,46 +465,52 @@ class ReductFrameStore:
         await self._client.__aexit__(None, None, None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    frame_id: str | None
-    sha256: str | None
-    size_bytes: int
-
-
 class _Standing:
     """What stands in a camera's tracks at certain times; nothing does after the latest of them."""
 
     def __init__(self, store: ReductFrameStore, base: str) -> None:
         self._store = store
+        self._tracks = store.tracks
         self._base = base
         self._latest_us = store.tracks.latest_us(base)
-        self._frames: dict[int, _Frame] = {}
+        self._frames: dict[int, Frame] = {}
         self._looked: list[tuple[int, int]] = []
 
     async def look_around(self, times: Sequence[int]) -> None:
         """Look at these ascending times, by one query for those that are near each other."""
-        late = [at for at in times if at <= self._latest_us]
-        for start, stop in runs(late, LATE_GAP_US) if late else ():
+        unknown = [at for at in times if at <= self._latest_us and not self._tracks.remembers(self._base, at)]
+        for start, stop in runs(unknown, LATE_GAP_US) if unknown else ():
             await self._look(start, stop + LOOK_US)
 
     async def _look(self, start: int, stop: int) -> None:
         where = FrameFilter([self._base], start_us=start, stop_us=stop)
         async for stored in self._store.query(where, limit=2**31):
-            frame = _Frame(stored.labels.get("frame_id"), stored.labels.get("sha256"), stored.size_bytes)
+            frame = Frame(stored.labels.get("frame_id"), stored.labels.get("sha256"), stored.size_bytes)
             self._frames.setdefault(stored.timestamp_us, frame)
         self._looked.append((start, stop))
 
-    async def at(self, time_us: int) -> _Frame | None:
-        """What stands at this time; None where it is free."""
-        looked = any(start <= time_us < stop for start, stop in self._looked)
-        if not looked and time_us <= self._latest_us:
+    async def at(self, time_us: int, frame_id: str) -> Frame | None:
+        """What stands at this time; None where it is free.
+
+        What is remembered may be gone with a killed server: a frame counts as stored once it has been seen there.
+        """
+        if time_us in self._frames or time_us > self._latest_us:
+            return self._frames.get(time_us)
+        if self._tracks.remembers(self._base, time_us):
+            remembered = self._tracks.recent(self._base, time_us)
+            if remembered is None or remembered.frame_id != frame_id:
+                return remembered
+        if not any(start <= time_us < stop for start, stop in self._looked):
             await self._look(time_us, time_us + LOOK_US)
         return self._frames.get(time_us)
 
-    def put(self, time_us: int, frame: _Frame) -> None:
+    def put(self, time_us: int, frame: Frame) -> None:
         """It will stand there."""
         self._frames[time_us] = frame
+
+
+def _frame_of(record: Record) -> Frame:
+    return Frame(record.labels["frame_id"], record.labels["sha256"], len(record.body))
 
 
 def _at(entry: str, timestamp_us: int) -> FrameFilter:

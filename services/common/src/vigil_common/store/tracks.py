@@ -11,6 +11,7 @@ tracks of a camera together have one record at a time at most.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
 
 # More than these only if cameras send days in no order at all: then the last one takes what is late as it comes.
 MOST = 8
+# So many of a camera's latest records are remembered: with fewer, more that is late costs a look at the server.
+RECENT = 512
 _PARTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What stands at a time: enough to tell whether it is the same."""
+
+    frame_id: str | None
+    sha256: str | None
+    size_bytes: int
 
 
 def base_of(entry: str) -> str:
@@ -46,6 +58,9 @@ class Tracks:
     def __init__(self) -> None:
         self._latest: dict[str, list[int]] = {}
         self._models: set[str] = set()
+        self._recent: dict[str, dict[int, Frame]] = defaultdict(dict)
+        # From when on all of a camera's records are among these.
+        self._since_us: dict[str, int] = {}
 
     def knows(self, base: str) -> bool:
         """Whether the tracks of this camera's model have been learnt."""
@@ -59,13 +74,16 @@ class Tracks:
                 found[base_of(entry)][index_of(entry)] = time_us
         for base, times in found.items():
             self._latest[base] = [times.get(track, 0) for track in range(max(times) + 1)]
+            self._recent[base].clear()
+            self._since_us[base] = max(self._latest[base]) + 1
         self._models.add(model)
 
     def forget(self, model: str) -> None:
         """Learn a model anew before it is written to again."""
         self._models.discard(model)
         for base in [base for base in self._latest if base.partition("/")[0] == model]:
-            del self._latest[base]
+            for known in (self._latest, self._recent, self._since_us):
+                known.pop(base, None)
 
     def names(self, base: str, *, since_us: int = 0) -> list[str]:
         """The tracks that may hold a record from this time on."""
@@ -76,9 +94,24 @@ class Tracks:
         """Nothing of this camera stands later."""
         return max(self._latest.get(base, ()), default=0)
 
-    def written(self, entry: str, time_us: int) -> None:
+    def remembers(self, base: str, time_us: int) -> bool:
+        """Whether `recent` tells all that stands at this time."""
+        return time_us >= self._since_us.get(base, 0)
+
+    def recent(self, base: str, time_us: int) -> Frame | None:
+        """What stands there, of what is remembered."""
+        return self._recent[base].get(time_us)
+
+    def written(self, entry: str, time_us: int, frame: Frame) -> None:
         """Something stands in this track at this time now."""
-        times = self._latest.setdefault(base_of(entry), [])
+        base = base_of(entry)
+        recent = self._recent[base]
+        recent[time_us] = frame
+        if len(recent) > RECENT:
+            kept = sorted(recent)[RECENT // 2 :]
+            self._recent[base] = {at: recent[at] for at in kept}
+            self._since_us[base] = max(kept[0], self._since_us.get(base, 0))
+        times = self._latest.setdefault(base, [])
         track = index_of(entry)
         times.extend([0] * (track + 1 - len(times)))
         times[track] = max(times[track], time_us)
