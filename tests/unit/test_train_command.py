@@ -76,7 +76,9 @@ def test_a_bundle_says_what_it_was_trained_on_and_how_good_it_was(tmp_path: Path
     assert set(lineage["metrics"]) == {"auroc", "f1", "pixel_auroc", "pro"}
     nothing = CliRunner().invoke(app, ["train", "-m", "cells"])
     assert nothing.exit_code == 2
-    few = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "data/abnormal"), "-m", "X", "-o", str(output)])
+    named = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "data/abnormal"), "-m", "X"])
+    assert named.exit_code == 2
+    few = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "data/abnormal"), "-m", "x", "-o", str(output)])
     assert few.exit_code == 1
 
 
