@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,9 @@ def test_a_bundle_says_what_it_was_trained_on_and_how_good_it_was(tmp_path: Path
     assert nothing.exit_code == 2
     named = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "data/abnormal"), "-m", "X"])
     assert named.exit_code == 2
-    few = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "data/abnormal"), "-m", "x", "-o", str(output)])
+    (tmp_path / "one").mkdir()
+    shutil.copy(next((tmp_path / "data/abnormal").iterdir()), tmp_path / "one")
+    few = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "one"), "-m", "x", "-o", str(output)])
     assert few.exit_code == 1
 
 
