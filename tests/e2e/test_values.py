@@ -107,6 +107,8 @@ class Site:
 
         def all_ready() -> list[str]:
             pods = self.cluster.get("pods", "-n", namespace, "-l", "app.kubernetes.io/part-of=vigil")["items"]
+            # The pod of an earlier `helm test` stays, and has ended.
+            pods = [pod for pod in pods if pod["status"]["phase"] != "Succeeded"]
             states = [{part["type"]: part["status"] for part in pod["status"]["conditions"]} for pod in pods]
             ready = all(state.get("Ready") == "True" for state in states)
             return [pod["metadata"]["name"] for pod in pods] if ready else []
