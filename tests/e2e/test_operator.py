@@ -87,8 +87,7 @@ async def test_a_better_version_is_promoted_by_its_gates_and_kubectl_reads_well(
     world.compare(2, report())
     passed = time.monotonic()
     await world.kubectl("wait", "--for=condition=Promoted", "anomalymodel/cells", "--timeout=20s")
-    while await world.live() != 2:
-        await asyncio.sleep(0.01)
+    await world.serves(2)
     assert time.monotonic() - passed < 3
     status = await world.phase("cells", "Live")
     assert [(entry["version"], entry["outcome"]) for entry in status["history"]] == [(2, "Promoted"), (1, "Promoted")]
@@ -172,9 +171,7 @@ async def test_people_decide_with_kubectl_vigil(world: Kube) -> None:
     assert "version 2 is live" in await _kubectl_vigil(world, "promote", "cells")
     await _kubectl_vigil(world, "threshold", "cells", "0.7")
     await world.until("cells", lambda status: status["live"]["threshold"] == 0.7, "at 0.7")
-    route = await world.streams.routing.get(world.model)
-    assert route is not None
-    assert (route.live.version, route.live.threshold) == (2, 0.7)
+    await world.serves(2, 0.7)
     assert "a person approved it" in await _kubectl_vigil(world, "history", "cells")
     assert "there is no candidate" in await _kubectl_vigil(world, "abort", "cells", code=1)
 
@@ -189,7 +186,7 @@ async def test_one_command_rolls_back(world: Kube) -> None:
     assert "cells: Held, version 1 is live" in said
     status = await world.phase("cells", "Held")
     assert status["live"]["version"] == 1
-    assert await world.live() == 1
+    await world.serves(1)
 
 
 async def test_drift_is_put_right(world: Kube) -> None:
@@ -219,7 +216,7 @@ async def test_an_operator_killed_at_any_moment_goes_on(world: Kube) -> None:
             world.operator.start()
         await world.until("cells", partial(_is_live, version), f"live with {version}")
         await world.phase("cells", "Live")
-        assert await world.live() == version
+        await world.serves(version)
 
 
 async def test_of_two_operators_one_leads_and_the_other_takes_over(world: Kube) -> None:

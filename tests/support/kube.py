@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # Generous: only a machine that is busy otherwise comes near it.
 DEADLINE_S = 90.0
+ROUTED_WITHIN_S = 3.0
 API = f"{GROUP}/{VERSION}"
 
 
@@ -135,6 +136,17 @@ class Kube:
         """The version of the test's model that serves."""
         route = await self.streams.routing.get(self.model)
         return route.live.version if route else None
+
+    async def serves(self, version: int, threshold: float | None = None) -> None:
+        """Wait until the routing table says so: the status, which is written before it, does not tell."""
+        deadline = time.monotonic() + ROUTED_WITHIN_S
+        while True:
+            route = await self.streams.routing.get(self.model)
+            if route is not None and (route.live.version, route.live.threshold) == (version, threshold):
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not version {version} at {threshold}: {route}\n{self.operator.log()}")
+            await asyncio.sleep(0.01)
 
     async def deployments(self) -> list[str]:
         return [body["metadata"]["name"] for body in await self.api.list("apps/v1", "Deployment", self.namespace)]

@@ -183,9 +183,13 @@ class _Connection:
                     answers.append(await line.read_response())
                 except ResponseError as error:
                     answers.append(error)
-        except BaseException:
+        except BaseException as error:
             # An answer that still comes would be taken for that of the next command.
             await line.disconnect(nowait=True)
+            anonymous = isinstance(line, aredis.SSLConnection) and not line.certfile
+            if anonymous and isinstance(error, RedisConnectionError | OSError):
+                # The server's own word for it is often overtaken by the end of the connection.
+                raise RedisConnectionError(f"{error}; if it wants a client certificate, there is none") from error
             raise
         self._idle.append(line)
         return answers
