@@ -15,7 +15,7 @@ from vigil_common.store.ports import FrameFilter, Record
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import ReportStep
 from vigil_storage import comparisons as module
-from vigil_storage.comparisons import ComparisonLabeller
+from vigil_storage.comparisons import REMEMBERED, ComparisonLabeller, Places
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -72,8 +72,9 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 @asynccontextmanager
-async def labelling(bench: Bench, confirm_after_s: float = 0.0) -> AsyncIterator[None]:
-    labeller = ComparisonLabeller(M, bench.streams.comparisons(M), bench.store, confirm_after_s=confirm_after_s)
+async def labelling(bench: Bench, confirm_after_s: float = 0.0, places: Places | None = None) -> AsyncIterator[None]:
+    comparisons, places = bench.streams.comparisons(M), places or Places()
+    labeller = ComparisonLabeller(M, comparisons, bench.store, places, confirm_after_s=confirm_after_s)
     task = asyncio.create_task(labeller.run())
     yield
     task.cancel()
@@ -122,6 +123,31 @@ async def test_frames_at_one_time_and_hours_apart_each_get_their_own(bench: Benc
     async with labelling(bench):
         await bench.until(lambda: bench.left() == 0)
     assert [(await bench.labels(name))["agree"] for name in ("f1", "f2", "f3")] == ["true", "false", "false"]
+
+
+async def test_where_the_writer_has_put_a_frame_is_not_looked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vigil_storage.comparisons.ROUND_S", 0.01)
+    await bench.keep("f1")
+    await bench.keep("f2", captured_us=CAPTURED_US + 9)
+    places = Places()
+    places.add("f1", f"{M}/line-1", CAPTURED_US)
+    places.add("f2", f"{M}/line-1", CAPTURED_US + 5)  # lost with the server, and written again a little later
+    # A time of capture at which nothing is found tells which of them was looked for.
+    await bench.tell(comparison("f1", captured_us=1), comparison("f2", captured_us=CAPTURED_US + 9))
+    async with labelling(bench, places=places):
+        await bench.until(lambda: places.get("f2") is None)
+        async with asyncio.timeout(DEADLINE_S):
+            while not {"agree"} <= (await bench.labels("f1")).keys() & (await bench.labels("f2")).keys():
+                await asyncio.sleep(0.005)
+
+
+async def test_the_places_of_the_oldest_frames_are_forgotten() -> None:
+    places = Places()
+    for index in range(REMEMBERED + 2):
+        places.add(f"f{index}", "m/c", index)
+    assert [places.get(f"f{index}") for index in (1, 2, REMEMBERED + 1)] == [None, ("m/c", 2), ("m/c", REMEMBERED + 1)]
 
 
 async def test_a_comparison_waits_for_its_frame(bench: Bench) -> None:

@@ -4,8 +4,9 @@ Only the model's owner runs this, beside its writer: two that label one record w
 frames, the store's word alone is not durable: a comparison is forgotten once its labels are found again
 `confirm_after_s` after they were written, in the same life of the server.
 
-There is no hurry: a round every `ROUND_S` looks for all frames at once and labels them in one batch, since a look for
-each frame would cost storage as much as storing it.
+There is no hurry: a round every `ROUND_S` looks for many frames at once and labels them in batches, since a look for
+each frame would cost storage as much as storing it. Between those steps it rests, so that live's frames don't wait for
+a whole round.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 BATCH = 64
 ROUND_S = 2.0
-# Labelled in one round: frames of the same entry wait for it.
-MAX_LABELLED = 256
+# Looked for or labelled in one step, and how many times as long the rest after it is.
+STEP = 16
+REST = 4
 # Comparisons in hand; past this, no more are taken.
 MAX_IN_HAND = 1_024
 # A frame is stored within moments of its verdict; after this long it was dropped by retention, or never will be.
@@ -44,6 +46,8 @@ GIVE_UP_S = 600.0
 SLACK_US = 1_000
 GAP_US = 10_000_000
 MOST_PER_LOOK = 10_000
+# Frames whose place is remembered: a candidate's verdict comes within moments of live's.
+REMEMBERED = 4_096
 
 log = get_logger()
 
@@ -55,6 +59,27 @@ class _InHand:
     since: float
     due: float = 0.0
     record: tuple[str, int] | None = None
+
+
+class Places:
+    """Where the latest frames of a model were stored, so that not each has to be looked for."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[str, int]] = {}
+
+    def add(self, frame_id: str, entry: str, timestamp_us: int) -> None:
+        """It stands there now."""
+        self._places[frame_id] = entry, timestamp_us
+        if len(self._places) > REMEMBERED:
+            del self._places[next(iter(self._places))]
+
+    def get(self, frame_id: str) -> tuple[str, int] | None:
+        """Entry and time, where they are remembered."""
+        return self._places.get(frame_id)
+
+    def forget(self, frame_id: str) -> None:
+        """It does not stand there any more."""
+        self._places.pop(frame_id, None)
 
 
 def labels_of(comparison: shadow_pb2.Comparison) -> dict[str, str]:
@@ -77,6 +102,7 @@ class ComparisonLabeller:
         model: The model's name.
         source: Its comparisons.
         store: Where its frames are.
+        places: Where the writer has put the latest of them.
         confirm_after_s: How long after labelling a frame is looked at again.
         clock: Seconds, monotonic.
     """
@@ -86,6 +112,7 @@ class ComparisonLabeller:
         model: str,
         source: ComparisonSource,
         store: FrameStore,
+        places: Places,
         *,
         confirm_after_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -93,6 +120,7 @@ class ComparisonLabeller:
         self._model = model
         self._source = source
         self._store = store
+        self._places = places
         self._confirm_after_s = confirm_after_s
         self._clock = clock
         self._in_hand: list[_InHand] = []
@@ -142,15 +170,21 @@ class ComparisonLabeller:
             (one, Labelling(*found[one.comparison.frame_id], labels_of(one.comparison)))
             for one in due
             if one.comparison.frame_id in found
-        ][:MAX_LABELLED]
-        results = await self._store.label([change for _, change in changes])
-        for (one, change), error in zip(changes, results, strict=True):
-            if error is None:
-                one.record = change.entry, change.timestamp_us
-                one.due = self._clock() + self._confirm_after_s
-            elif not isinstance(error, NotFound | Unavailable):
-                log.error("comparison_refused", frame_id=one.comparison.frame_id, reason=error.reason)
-                await self._forget([one], "refused")
+        ]
+        for start in range(0, len(changes), STEP):
+            step = changes[start : start + STEP]
+            began = time.monotonic()
+            results = await self._store.label([change for _, change in step])
+            for (one, change), error in zip(step, results, strict=True):
+                if error is None:
+                    one.record = change.entry, change.timestamp_us
+                    one.due = self._clock() + self._confirm_after_s
+                elif isinstance(error, NotFound):
+                    self._places.forget(one.comparison.frame_id)
+                elif not isinstance(error, Unavailable):
+                    log.error("comparison_refused", frame_id=one.comparison.frame_id, reason=error.reason)
+                    await self._forget([one], "refused")
+            await _rest(began)
         late = [one for one in due if one.record is None and now - one.since > GIVE_UP_S and one.place in self._held]
         if late:
             log.warning("comparisons_without_frame", model=self._model, count=len(late))
@@ -190,7 +224,11 @@ class ComparisonLabeller:
 
     async def _find(self, due: Sequence[_InHand]) -> dict[str, tuple[str, int]]:
         """Where the frames stand, by id, of those that are stored."""
-        return {record.labels["frame_id"]: (record.entry, record.timestamp_us) async for record in self._records(due)}
+        known = {one.comparison.frame_id: self._places.get(one.comparison.frame_id) for one in due}
+        found = {frame_id: place for frame_id, place in known.items() if place is not None}
+        async for record in self._records([one for one in due if one.comparison.frame_id not in found]):
+            found[record.labels["frame_id"]] = record.entry, record.timestamp_us
+        return found
 
     async def _records(self, due: Sequence[_InHand]) -> AsyncIterator[StoredRecord]:
         """Records around the times of capture, by one look for those that are near each other."""
@@ -199,7 +237,16 @@ class ComparisonLabeller:
             captured_us = convert.to_us(one.comparison.captured_at)
             times[f"{self._model}/{one.comparison.camera}"].append(captured_us)
         for entry, found in times.items():
-            for start, stop in runs(sorted(found), GAP_US):
-                where = FrameFilter([entry], start_us=start, stop_us=stop + SLACK_US)
-                async for record in self._store.query(where, limit=MOST_PER_LOOK):
-                    yield record
+            found.sort()
+            for first in range(0, len(found), STEP):
+                for start, stop in runs(found[first : first + STEP], GAP_US):
+                    began = time.monotonic()
+                    where = FrameFilter([entry], start_us=start, stop_us=stop + SLACK_US)
+                    async for record in self._store.query(where, limit=MOST_PER_LOOK):
+                        yield record
+                    await _rest(began)
+
+
+async def _rest(began: float) -> None:
+    """Leave the store to others for a multiple of what a step took."""
+    await asyncio.sleep(REST * (time.monotonic() - began))

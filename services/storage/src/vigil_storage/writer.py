@@ -21,7 +21,7 @@ from vigil_common.store.ports import Record, Written
 from vigil_common.streams.supervise import for_each_model, wait
 
 from vigil_storage import convert, domain, metrics
-from vigil_storage.comparisons import ComparisonLabeller
+from vigil_storage.comparisons import ComparisonLabeller, Places
 from vigil_storage.retention import Sampling
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class FrameWriter:
         clock: Callable[[], float] = time.monotonic,
         beside: Sequence[Callable[[], Coroutine[None, None, None]]] = (),
         sampling: Sampling | None = None,
+        places: Places | None = None,
     ) -> None:
         self._model = model
         self._source = source
@@ -90,6 +91,7 @@ class FrameWriter:
         self._clock = clock
         self._beside = beside
         self._sampling = sampling
+        self._places = Places() if places is None else places
         self._unconfirmed: deque[_Unconfirmed] = deque()
         # Outcomes between reading and confirmation, by their place in the stream.
         self._held: set[str] = set()
@@ -235,6 +237,7 @@ class FrameWriter:
             about: dict[str, str | bool] = {"vigil.existed": written.existed}
             about |= {f"vigil.{name}": record.labels[name] for name in ("frame_id", "model", "camera", "outcome")}
             trace.record("store frame", parent, began_ns=began_ns, attributes=about)
+        self._places.add(record.labels["frame_id"], record.entry, written.timestamp_us)
         # Its image stays in the queue, not here.
         light = replace(outcome, outcome=b"", frame=replace(outcome.frame, image=b"") if outcome.frame else None)
         sha256 = record.labels["sha256"]
@@ -336,13 +339,16 @@ class Writers:
         await for_each_model(self._routing, lambda model: self._writer(model).run(stop), stop, failed="writer_failed")
 
     def _writer(self, model: str) -> FrameWriter:
+        places = Places()
+
         def compare() -> Coroutine[None, None, None]:
             comparisons, confirm_after_s = self._comparisons(model), self._options.confirm_after_s
-            return ComparisonLabeller(model, comparisons, self._store, confirm_after_s=confirm_after_s).run()
+            return ComparisonLabeller(model, comparisons, self._store, places, confirm_after_s=confirm_after_s).run()
 
         def keep() -> Coroutine[None, None, None]:
             return self._keeper(model).run()
 
         sampling = Sampling(model, self._normal_fraction, self._routing)
         outcomes = self._outcomes(model)
-        return FrameWriter(model, outcomes, self._store, self._options, beside=[compare, keep], sampling=sampling)
+        beside = [compare, keep]
+        return FrameWriter(model, outcomes, self._store, self._options, beside=beside, sampling=sampling, places=places)
