@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -157,6 +158,31 @@ async def test_a_candidate_far_behind_goes_on_where_live_is_and_the_skipped_are_
     assert await skipped(streams, route) == 6
     # Live is as it would be without: it finds what it has yet to judge.
     await judge(streams, *names[6:])
+
+
+async def test_a_candidate_moved_to_the_first_frame_of_a_millisecond_harms_nobody(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 2)
+    names = [f"f{index}" for index in range(6)]
+    route = await compare(streams)
+    for name in names:
+        await admit(streams, name)
+        await asyncio.sleep(0.003)  # so that each is the first of its millisecond
+    await judge(streams, *names[:5])
+    outcomes = streams.outcomes(M, "s")
+    done = await outcomes.read(count=10, block_ms=100)
+    await outcomes.done(done[:4])
+    assert await outcomes.trim() == 4  # up to the fifth, which storage has yet to write
+    assert await skipped(streams, route) == 4
+    # It stands still there while others go on.
+    assert await outcomes.trim() == 0
+    await outcomes.done(done[4:])
+    assert await outcomes.trim() == 0
+    candidate = streams.candidate(M, "c", CANDIDATE.digest)
+    assert len(await candidate.read(count=10, block_ms=100)) == 2
+    assert await skipped(streams, route) == 4
 
 
 async def test_a_candidate_that_holds_every_frame_costs_live_none(

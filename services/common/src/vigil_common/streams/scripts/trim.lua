@@ -2,6 +2,12 @@
 -- Drops what nobody needs any more, from the heads only.
 -- KEYS: frames, verdicts, unstored, budget, routing.  ARGV: prefix, frames that the queue may hold for shadow's sake.
 -- Returns how many frames went, -1 where a group is missing.
+local LAST = '18446744073709551615'
+local function following(ms, seq)
+  -- Where shadow was moved to just before a millisecond's first entry, there is no next one within its own.
+  if seq == LAST then return string.format('%.0f', tonumber(ms) + 1), '0' end
+  return ms, string.format('%.0f', tonumber(seq) + 1)
+end
 local function low_water(key, group)
   local found
   for _, info in ipairs(redis.call('XINFO', 'GROUPS', key)) do
@@ -10,15 +16,15 @@ local function low_water(key, group)
     if fields['name'] == group then found = fields end
   end
   if not found then return nil end
-  local ms, seq = string.match(found['last-delivered-id'], '^(%d+)-(%d+)$')
-  local unread = ms .. '-' .. tostring(tonumber(seq) + 1)
+  local next_ms, next_seq = following(string.match(found['last-delivered-id'], '^(%d+)-(%d+)$'))
+  local unread = next_ms .. '-' .. next_seq
   local backlog = found['pending'] + (tonumber(found['lag']) or 0)
   local pending = redis.call('XPENDING', key, group, '-', '+', 1)
   if pending[1] then
-    ms, seq = string.match(pending[1][1], '^(%d+)-(%d+)$')
+    local ms, seq = string.match(pending[1][1], '^(%d+)-(%d+)$')
     return ms, seq, unread, backlog
   end
-  return ms, tostring(tonumber(seq) + 1), unread, backlog
+  return next_ms, next_seq, unread, backlog
 end
 local function earlier(ms, seq, than_ms, than_seq)
   return tonumber(ms) < tonumber(than_ms) or (ms == than_ms and tonumber(seq) < tonumber(than_seq))
@@ -77,7 +83,7 @@ if shadow_ms and earlier(shadow_ms, shadow_seq, ms, seq) then
     end
     if unseen > 0 then
       skipped = skipped + unseen
-      local before = seq == '0' and string.format('%.0f-18446744073709551615', tonumber(ms) - 1)
+      local before = seq == '0' and string.format('%.0f-%s', tonumber(ms) - 1, LAST)
         or string.format('%s-%.0f', ms, tonumber(seq) - 1)
       redis.call('XGROUP', 'SETID', KEYS[1], 'shadow', before)
     end
