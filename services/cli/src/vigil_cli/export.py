@@ -32,7 +32,7 @@ from vigil_common import images
 from vigil_common.errors import InvalidInput
 
 from vigil_cli.frames import said
-from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, console, run
 from vigil_cli.sources import SourceError
 
 NORMAL, ABNORMAL, UNMASKED, MASKS, IMAGES = "normal", "abnormal", "abnormal_unmasked", "mask", "images"
@@ -80,8 +80,8 @@ def export(
     model: Annotated[str, typer.Option("--model", "-m", help="The model's name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder that does not exist yet, or is empty.")],
     camera: Annotated[str | None, typer.Option(help="Only this camera.")] = None,
-    since: Annotated[datetime | None, typer.Option(help="From this time on, local time.")] = None,
-    until: Annotated[datetime | None, typer.Option(help="Before this time, local time.")] = None,
+    since: Since = None,
+    until: Until = None,
     form: Annotated[Format, typer.Option("--format", help="Anomalib's folders, or COCO.")] = Format.FOLDER,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,

@@ -1,7 +1,6 @@
 """`vigil frames`: what is stored."""
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ import typer
 from rich.table import Column, Table
 from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, StoredFrame
 
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, errors, run
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, Since, StorageAddress, Token, Until, console, errors, run
 from vigil_cli.replay import replay
 
 app = typer.Typer(help="Stored frames.", no_args_is_help=True)
@@ -21,8 +20,8 @@ def query(
     model: Annotated[str, typer.Argument(help="The model's name.")],
     *,
     camera: Annotated[str | None, typer.Option(help="Only this camera.")] = None,
-    start: Annotated[datetime | None, typer.Option(help="From this time on, local time.")] = None,
-    stop: Annotated[datetime | None, typer.Option(help="Before this time, local time.")] = None,
+    since: Since = None,
+    until: Until = None,
     anomalous: Annotated[bool | None, typer.Option("--anomalous/--normal", help="Only with this label.")] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Only those that could not be judged.")] = False,
     min_score: Annotated[float | None, typer.Option(help="Least score.")] = None,
@@ -47,8 +46,8 @@ def query(
             found = storage.frames_query(
                 model,
                 camera=camera,
-                start=start.astimezone() if start else None,
-                stop=stop.astimezone() if stop else None,
+                start=since.astimezone() if since else None,
+                stop=until.astimezone() if until else None,
                 anomalous=anomalous,
                 failed=failed,
                 min_score=min_score,

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Annotated, TypeVar
 
 import typer
@@ -21,6 +22,8 @@ errors = Console(stderr=True)
 Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
 StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]
 Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer token.")]
+Since = Annotated[datetime | None, typer.Option("--since", help="Captured from this time on, local time.")]
+Until = Annotated[datetime | None, typer.Option("--until", help="Captured before this time, local time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 DEFAULT_INGEST = "localhost:50051"

@@ -3,13 +3,23 @@
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import datetime
 from typing import Annotated
 
 import typer
 from vigil_client import Frame, Result, StorageClient, VigilClient
 
-from vigil_cli.options import DEFAULT_INGEST, DEFAULT_STORAGE, Address, AsJson, StorageAddress, Token, console, run
+from vigil_cli.options import (
+    DEFAULT_INGEST,
+    DEFAULT_STORAGE,
+    Address,
+    AsJson,
+    Since,
+    StorageAddress,
+    Token,
+    Until,
+    console,
+    run,
+)
 from vigil_cli.stream import progress_bar
 
 _ID_AT_MOST = 64
@@ -19,8 +29,8 @@ def replay(
     model: Annotated[str, typer.Argument(help="The model's name.")],
     *,
     reason: Annotated[str | None, typer.Option(help="Only those that failed for this reason.")] = None,
-    start: Annotated[datetime | None, typer.Option(help="Captured from this time on, local time.")] = None,
-    stop: Annotated[datetime | None, typer.Option(help="Captured before this time, local time.")] = None,
+    since: Since = None,
+    until: Until = None,
     attempt: Annotated[int, typer.Option(min=1, help="The same attempt sends each frame once.")] = 1,
     address: Address = DEFAULT_INGEST,
     storage_address: StorageAddress = DEFAULT_STORAGE,
@@ -37,8 +47,8 @@ def replay(
         found = storage.frames_query(
             model,
             failed=True,
-            start=start.astimezone() if start else None,
-            stop=stop.astimezone() if stop else None,
+            start=since.astimezone() if since else None,
+            stop=until.astimezone() if until else None,
         )
         async for stored in found:
             if "replay_of" in stored.labels or (reason is not None and stored.failure_reason != reason):

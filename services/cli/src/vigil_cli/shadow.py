@@ -1,7 +1,6 @@
 """`vigil shadow`: a candidate beside live, and whether it is better."""
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +12,7 @@ from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
 from vigil_client import Route, RouteClient, ServiceError, StorageClient
 
-from vigil_cli.options import (
-    DEFAULT_STORAGE,
-    AsJson,
-    StorageAddress,
-    Token,
-    console,
-    run,
-)
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, Since, StorageAddress, Token, Until, console, run
 from vigil_cli.shadow_client import ShadowClient
 from vigil_cli.shadow_html import PICTURES, write_html
 from vigil_cli.shadow_lines import OUTCOMES, rows, title
@@ -247,8 +239,8 @@ def replay(
     replay_id: Annotated[str, typer.Option("--id", help="Names it; the same again goes on where it was.")],
     version: Annotated[int, typer.Option(min=1, help="The candidate.")],
     worker: Annotated[str, typer.Option(help="Where a worker with it answers, as HOST:PORT.")],
-    start_at: Annotated[datetime | None, typer.Option("--from", help="From this time on, local time.")] = None,
-    stop_at: Annotated[datetime | None, typer.Option("--to", help="Before this time, local time.")] = None,
+    since: Since = None,
+    until: Until = None,
     camera: Annotated[str, typer.Option(help="Only this camera.")] = "",
     rate: Annotated[float, typer.Option(min=0.1, max=1000, help="Frames a second.")] = 10.0,
     shadow_address: ShadowAddress = DEFAULT_SHADOW,
@@ -258,10 +250,10 @@ def replay(
     request = shadow_pb2.ReplayRequest(
         model=model, replay_id=replay_id, worker=worker, version=version, camera=camera, rate=rate
     )
-    if start_at is not None:
-        request.start.FromDatetime(start_at.astimezone())
-    if stop_at is not None:
-        request.stop.FromDatetime(stop_at.astimezone())
+    if since is not None:
+        request.start.FromDatetime(since.astimezone())
+    if until is not None:
+        request.stop.FromDatetime(until.astimezone())
 
     async def work() -> shadow_pb2.GetReportResponse:
         async with ShadowClient(shadow_address, token) as shadow:

@@ -4,7 +4,6 @@ import asyncio
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -15,7 +14,7 @@ from vigil_common.bundle import NAME
 
 from vigil_cli.evaluation.dataset import Item, read_dataset
 from vigil_cli.export import Format, write_export
-from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run, told
+from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, console, run, told
 from vigil_cli.sources import find_images
 
 # Fewer than these say too little of where the threshold belongs.
@@ -90,8 +89,8 @@ def train(
     masks: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Masks of those, by name.")] = None,
     from_store: Annotated[bool, typer.Option("--from-store", help="The frames that people labelled.")] = False,
     camera: Annotated[str | None, typer.Option(help="Only this camera's.")] = None,
-    since: Annotated[datetime | None, typer.Option(help="From this time on, local time.")] = None,
-    until: Annotated[datetime | None, typer.Option(help="Before this time, local time.")] = None,
+    since: Since = None,
+    until: Until = None,
     trainer: Annotated[Trainer, typer.Option(help="Anomalib is an extra: vigil-cli\\[anomalib].")] = Trainer.BUILTIN,
     algorithm: Annotated[str, typer.Option(help="Anomalib's model, such as Patchcore or Padim.")] = "Patchcore",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the bundle goes.")] = Path("bundle.tar"),
