@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-from reduct import BucketSettings, Client, RecordBatch
-from vigil_common.store.reduct import BLOCK_RECORDS, MAX_BLOCK_BYTES
+from reduct import Client, RecordBatch
+from vigil_common.store.reduct import frame_settings
 
 BATCH = 32
 LABELS = 18
 # As storage's own bucket has them.
-SETTINGS = BucketSettings(max_block_size=MAX_BLOCK_BYTES, max_block_records=BLOCK_RECORDS)
+SETTINGS = frame_settings()
 
 
 async def main() -> None:

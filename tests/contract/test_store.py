@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from reduct import BucketSettings, Client
+from reduct import BucketSettings, Client, QuotaType
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable
 from vigil_common.store import labels as gate
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.open import open_stores
 from vigil_common.store.ports import FrameFilter, FrameStore, Labelling, ModelInfo, ModelStore, Record, Written
-from vigil_common.store.reduct import ReductFrameStore, condition
+from vigil_common.store.reduct import BLOCK_RECORDS, ReductFrameStore, condition
 from vigil_common.store.reduct_models import ReductModelStore
 
 from tests.support.reduct import ReductServer, find_binary, reduct_server
@@ -524,6 +524,16 @@ async def test_late_records_make_no_block_inside_another(own_server: ReductServe
         assert len(times) == 1_026
     finally:
         await store.close()
+
+
+@needs_reduct
+async def test_an_older_bucket_gets_small_blocks_and_keeps_its_quota(server: ReductServer) -> None:
+    name = f"frames-{uuid.uuid4().hex[:8]}"
+    async with Client(server.url) as client:
+        bucket = await client.create_bucket(name, BucketSettings(quota_type=QuotaType.FIFO, quota_size=10**9))
+        await (await ReductFrameStore.open(server.url, bucket=name)).close()
+        found = await bucket.get_settings()
+    assert (found.max_block_records, found.quota_type, found.quota_size) == (BLOCK_RECORDS, QuotaType.FIFO, 10**9)
 
 
 @needs_reduct

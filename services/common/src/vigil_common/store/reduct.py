@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any, Self
 from reduct import BucketSettings, QuotaType, RecordBatch, ReductError
 
 from vigil_common.errors import Conflict, DataLost, InvalidInput, NotFound, Unavailable, VigilError
+from vigil_common.logging import get_logger
 from vigil_common.store import labels as gate
 from vigil_common.store.find import find_frame, runs
 from vigil_common.store.ports import FrameFilter, StoredRecord, Written
 from vigil_common.store.reduct_client import (
     BROKEN,
     CONFLICT,
+    FORBIDDEN,
     NETWORK,
     NOT_FOUND,
     TOO_EARLY,
@@ -52,9 +54,8 @@ BATCH_BODY_BYTES = 32 << 20
 # A block's description is written anew at each compaction and filtered whole by each query: with the server's default
 # of 1,024 records a record costs it 3 to 7 ms of CPU, with these 0.8.
 BLOCK_RECORDS = 128
-MAX_BLOCK_BYTES = 64_000_000
-# Under a quota: blocks in it, and how many may be free when it counts as full.
-BLOCKS, FULL_BLOCKS = 16, 3
+# Under a quota: blocks in it, how large one is at most, and how many may be free when it counts as full.
+BLOCKS, MAX_BLOCK_BYTES, FULL_BLOCKS = 16, 64_000_000, 3
 # How many taken microseconds a record may be moved past.
 MAX_MOVES = 10_000
 # How far around late records to look for what stands there already, and which of them by one query.
@@ -66,6 +67,8 @@ LISTED_S = 1.0
 CONFIRM_GAP_US = 10_000_000
 _NO_TIME_LEFT = "Start time must be before stop time"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+
+log = get_logger()
 
 
 def _stored(record: Any) -> StoredRecord:
@@ -108,6 +111,33 @@ def conditions(where: FrameFilter, limit: int) -> dict[str, Any] | None:
     return when or None
 
 
+def frame_settings(quota_bytes: int = 0) -> BucketSettings:
+    """What a bucket of frames is to have; a quota of 0 leaves the quota as it is, at first none."""
+    if not quota_bytes:
+        return BucketSettings(max_block_records=BLOCK_RECORDS)
+    # Whole blocks go at once, so they must be small beside the quota.
+    block_bytes = max(1, min(MAX_BLOCK_BYTES, quota_bytes // BLOCKS))
+    return BucketSettings(
+        quota_type=QuotaType.FIFO,
+        quota_size=quota_bytes,
+        max_block_size=block_bytes,
+        max_block_records=BLOCK_RECORDS,
+    )
+
+
+async def _settle(bucket: Any, settings: BucketSettings, *, must: bool) -> None:
+    """Give a bucket that has others these settings, which takes the server's own token."""
+    found = (await bucket.get_settings()).model_dump()
+    if settings.model_dump(exclude_none=True).items() <= found.items():
+        return
+    try:
+        await bucket.set_settings(settings)
+    except ReductError as error:
+        if must or error.status_code != FORBIDDEN:
+            raise
+        log.warning("bucket_settings_differ", bucket=bucket.name, wanted=settings.model_dump(exclude_none=True))
+
+
 class ReductFrameStore:
     """Images with labels in one bucket; entry "MODEL/CAMERA"."""
 
@@ -145,17 +175,14 @@ class ReductFrameStore:
         Raises:
             Unavailable: Nobody answers.
         """
-        # Under a quota whole blocks go at once, so they must be small beside it.
-        block_bytes = max(1, min(MAX_BLOCK_BYTES, quota_bytes // BLOCKS)) if quota_bytes else MAX_BLOCK_BYTES
-        settings = BucketSettings(
-            quota_type=QuotaType.FIFO if quota_bytes else QuotaType.NONE,
-            quota_size=quota_bytes,
-            max_block_size=block_bytes,
-            max_block_records=BLOCK_RECORDS,
-        )
+        settings = frame_settings(quota_bytes)
         client, opened = await open_bucket(url, token, bucket, settings, timeout_s)
-        async with translated():
-            await opened.set_settings(settings)
+        try:
+            async with translated():
+                await _settle(opened, settings, must=bool(quota_bytes))
+        except BaseException:
+            await client.__aexit__(None, None, None)
+            raise
         return cls(client, opened, stride_us=stride_us, quota_bytes=quota_bytes)
 
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NETWORK = -1
-NOT_FOUND, CONFLICT, TOO_EARLY, BROKEN = 404, 409, 425, 500
+FORBIDDEN, NOT_FOUND, CONFLICT, TOO_EARLY, BROKEN = 403, 404, 409, 425, 500
 
 
 def unavailable(error: BaseException) -> Unavailable:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from reduct import BucketSettings, Client, Permissions, QuotaType
 
+from vigil_common.store.reduct import frame_settings
 from vigil_common.store.reduct_client import NOT_FOUND, TROUBLE, status, unavailable
 from vigil_common.store.reduct_sites import ANNOTATIONS, FRAMES, MODELS
 
@@ -29,8 +30,10 @@ async def make_token(url: str, root: str) -> str:
     """
     try:
         async with Client(url, api_token=root) as client:
-            for bucket in BUCKETS:
-                await client.create_bucket(bucket, BucketSettings(quota_type=QuotaType.NONE), exist_ok=True)
+            for name in BUCKETS:
+                settings = BucketSettings(quota_type=QuotaType.NONE) if name == MODELS else frame_settings()
+                bucket = await client.create_bucket(name, settings, exist_ok=True)
+                await bucket.set_settings(settings)
             try:
                 await client.remove_token(NAME)
             except TROUBLE as error:
