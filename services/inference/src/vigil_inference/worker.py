@@ -103,6 +103,7 @@ class Worker:
         self._route: Route | None = None
         self._role = Role.IDLE
         self._working = asyncio.Event()
+        self._promoted = asyncio.Event()
         self._in_hand: dict[tuple[Role, str], asyncio.Task[None]] = {}
         self._outbox: list[tuple[Role, Emission]] = []
         self._outgoing = asyncio.Event()
@@ -186,6 +187,10 @@ class Worker:
 
     def _become(self, role: Role) -> None:
         self._role = role
+        if role is Role.LIVE:
+            self._promoted.set()
+        else:
+            self._promoted.clear()
         if role is Role.IDLE:
             self._working.clear()
         else:
@@ -220,7 +225,12 @@ class Worker:
             for frame in frames:
                 self._take(role, frame)
         if role is Role.CANDIDATE and 0 < len(frames) < count:
-            await asyncio.sleep(GATHER_S)
+            await self._gather()
+
+    async def _gather(self) -> None:
+        """As a candidate, let more come; once it is live nothing waits."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._promoted.wait(), GATHER_S)
 
     async def _claim(self) -> None:
         """Take over what others left."""
@@ -365,8 +375,8 @@ class Worker:
         """Send what is ready; what becomes ready meanwhile goes with the next."""
         await self._outgoing.wait()
         role = self._outbox[0][0]
-        if role is Role.CANDIDATE and len(self._outbox) < EMIT_AT_MOST and self._role is role:
-            await asyncio.sleep(GATHER_S)
+        if role is Role.CANDIDATE and len(self._outbox) < EMIT_AT_MOST:
+            await self._gather()
         batch = [emission for _, emission in takewhile(lambda one: one[0] is role, self._outbox[:EMIT_AT_MOST])]
         won = await self._sources[role].emit(batch)
         del self._outbox[: len(batch)]
