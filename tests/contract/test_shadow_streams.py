@@ -53,6 +53,12 @@ async def store(streams: Streams) -> int:
     return await outcomes.trim()
 
 
+def shadow_may_hold(monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
+    """The queue holds no more than these for shadow's sake alone."""
+    for module in (memory, redis):
+        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", frames)
+
+
 def shown(frame: QueuedFrame, frame_id: str) -> Emission:
     return Emission(frame.entry_id, frame_id, b"candidate " + frame_id.encode(), b"", header=frame.header)
 
@@ -141,8 +147,7 @@ async def test_a_candidate_far_behind_goes_on_where_live_is_and_the_skipped_are_
     streams: Streams, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "frames":
-        monkeypatch.setattr(memory, "SHADOW_FRAMES_AT_MOST", 5)
-        monkeypatch.setattr(redis, "SHADOW_FRAMES_AT_MOST", 5)
+        shadow_may_hold(monkeypatch, 5)
     names = [f"f{index}" for index in range(8)]
     route = await compare(streams)
     await admit(streams, *names, size=1000 if by == "frames" else 7000)
@@ -163,8 +168,7 @@ async def test_a_candidate_far_behind_goes_on_where_live_is_and_the_skipped_are_
 async def test_a_candidate_moved_to_the_first_frame_of_a_millisecond_harms_nobody(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis):
-        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 2)
+    shadow_may_hold(monkeypatch, 2)
     names = [f"f{index}" for index in range(6)]
     route = await compare(streams)
     for name in names:
@@ -188,8 +192,7 @@ async def test_a_candidate_moved_to_the_first_frame_of_a_millisecond_harms_nobod
 async def test_a_candidate_that_holds_every_frame_costs_live_none(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis):
-        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 5)
+    shadow_may_hold(monkeypatch, 5)
     names = [f"f{index}" for index in range(8)]
     route = await compare(streams)
     await admit(streams, *names)
@@ -210,8 +213,7 @@ async def test_a_candidate_that_holds_every_frame_costs_live_none(
 async def test_a_backlog_of_live_makes_the_candidate_skip_nothing(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis):
-        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 5)
+    shadow_may_hold(monkeypatch, 5)
     names = [f"f{index}" for index in range(20)]
     route = await compare(streams)
     await admit(streams, *names)
@@ -265,8 +267,7 @@ class Everyone:
 async def test_whatever_the_candidate_does_live_and_storage_get_every_frame(
     streams: Streams, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis):
-        monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", 6)
+    shadow_may_hold(monkeypatch, 6)
     rng = random.Random(seed)
     route = await compare(streams)
     everyone = Everyone(streams, rng)

@@ -20,6 +20,7 @@ from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Candidate, Live, QueuedFrame, QueuedOutcome, sampled
 from vigil_storage import convert, domain
 from vigil_storage.app import Storage
+from vigil_storage.comparisons import Places
 from vigil_storage.retention import Sampling
 from vigil_storage.reviews import Reviews
 from vigil_storage.servicer import FrameServicer
@@ -152,7 +153,7 @@ async def writing(
     source: FakeSource, store: Troubled, options: WriterOptions = OPTIONS, sampling: Sampling | None = None
 ) -> AsyncIterator[None]:
     stop = asyncio.Event()
-    writer = FrameWriter("cells", source, store, options, sampling=sampling)  # type: ignore[arg-type]
+    writer = FrameWriter("cells", source, store, options, Places(), sampling=sampling)  # type: ignore[arg-type]
     task = asyncio.create_task(writer.run(stop))
     try:
         yield

@@ -87,12 +87,11 @@ def export(
     token: Token = None,
 ) -> None:
     """Write the frames that people labelled normal or anomalous, with masks and provenance."""
-    start, stop = (time.astimezone() if time else None for time in (since, until))
 
     async def work() -> Summary:
         async with StorageClient(storage_address, token=token) as storage:
-            frames = storage.frames_export(model, camera=camera, since=start, until=stop, decided=True)
-            asked = {"model": model, "camera": camera, "since": _iso(start), "until": _iso(stop)}
+            frames = storage.frames_export(model, camera=camera, since=since, until=until, decided=True)
+            asked = {"model": model, "camera": camera, "since": _iso(since), "until": _iso(until)}
             return await write_export(frames, output, form, asked)
 
     done = run(work())

@@ -46,8 +46,8 @@ def query(
             found = storage.frames_query(
                 model,
                 camera=camera,
-                start=since.astimezone() if since else None,
-                stop=until.astimezone() if until else None,
+                start=since,
+                stop=until,
                 anomalous=anomalous,
                 failed=failed,
                 min_score=min_score,

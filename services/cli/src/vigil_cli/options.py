@@ -22,9 +22,20 @@ errors = Console(stderr=True)
 Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
 StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]
 Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer token.")]
-Since = Annotated[datetime | None, typer.Option("--since", help="Captured from this time on, local time.")]
-Until = Annotated[datetime | None, typer.Option("--until", help="Captured before this time, local time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+
+def _with_zone(given: datetime | None) -> datetime | None:
+    """What people give is local time."""
+    return given.astimezone() if given else None
+
+
+Since = Annotated[
+    datetime | None, typer.Option("--since", callback=_with_zone, help="Captured from this time on, local time.")
+]
+Until = Annotated[
+    datetime | None, typer.Option("--until", callback=_with_zone, help="Captured before this time, local time.")
+]
 
 DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"

@@ -47,8 +47,8 @@ def replay(
         found = storage.frames_query(
             model,
             failed=True,
-            start=since.astimezone() if since else None,
-            stop=until.astimezone() if until else None,
+            start=since,
+            stop=until,
         )
         async for stored in found:
             if "replay_of" in stored.labels or (reason is not None and stored.failure_reason != reason):

@@ -251,9 +251,9 @@ def replay(
         model=model, replay_id=replay_id, worker=worker, version=version, camera=camera, rate=rate
     )
     if since is not None:
-        request.start.FromDatetime(since.astimezone())
+        request.start.FromDatetime(since)
     if until is not None:
-        request.stop.FromDatetime(until.astimezone())
+        request.stop.FromDatetime(until)
 
     async def work() -> shadow_pb2.GetReportResponse:
         async with ShadowClient(shadow_address, token) as shadow:

@@ -102,13 +102,12 @@ def train(
     Anomalous images only choose the threshold, and measure: AUROC, F1 and, with masks, pixel AUROC and PRO stand in the
     bundle's lineage.
     """
-    start, stop = (time.astimezone() if time else None for time in (since, until))
     asked: dict[str, Any] = {
         "folders": [str(path) for path in (data, normal, abnormal) if path],
         "from_store": from_store,
         "camera": camera,
-        "since": start.isoformat() if start else None,
-        "until": stop.isoformat() if stop else None,
+        "since": since.isoformat() if since else None,
+        "until": until.isoformat() if until else None,
     }
     source = {key: value for key, value in asked.items() if value}
     if not (data or normal or abnormal or from_store):
@@ -127,7 +126,7 @@ def train(
             if from_store:
                 reviewed = Path(folder) / "reviewed"
                 async with StorageClient(storage_address, token=token) as storage:
-                    frames = storage.frames_export(name, camera=camera, since=start, until=stop, decided=True)
+                    frames = storage.frames_export(name, camera=camera, since=since, until=until, decided=True)
                     summary = await write_export(frames, reviewed, Format.FOLDER, source)
                 source["reviewed"] = summary.images
                 images += TrainingSet.of_dataset(reviewed)

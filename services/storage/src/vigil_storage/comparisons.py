@@ -224,9 +224,14 @@ class ComparisonLabeller:
 
     async def _find(self, due: Sequence[_InHand]) -> dict[str, tuple[str, int]]:
         """Where the frames stand, by id, of those that are stored."""
-        known = {one.comparison.frame_id: self._places.get(one.comparison.frame_id) for one in due}
-        found = {frame_id: place for frame_id, place in known.items() if place is not None}
-        async for record in self._records([one for one in due if one.comparison.frame_id not in found]):
+        found: dict[str, tuple[str, int]] = {}
+        unknown: list[_InHand] = []
+        for one in due:
+            if (place := self._places.get(one.comparison.frame_id)) is not None:
+                found[one.comparison.frame_id] = place
+            else:
+                unknown.append(one)
+        async for record in self._records(unknown):
             found[record.labels["frame_id"]] = record.entry, record.timestamp_us
         return found
 

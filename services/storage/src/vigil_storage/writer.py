@@ -78,11 +78,11 @@ class FrameWriter:
         source: OutcomeSource,
         store: FrameStore,
         options: WriterOptions,
+        places: Places,
         *,
         clock: Callable[[], float] = time.monotonic,
         beside: Sequence[Callable[[], Coroutine[None, None, None]]] = (),
         sampling: Sampling | None = None,
-        places: Places | None = None,
     ) -> None:
         self._model = model
         self._source = source
@@ -91,7 +91,7 @@ class FrameWriter:
         self._clock = clock
         self._beside = beside
         self._sampling = sampling
-        self._places = Places() if places is None else places
+        self._places = places
         self._unconfirmed: deque[_Unconfirmed] = deque()
         # Outcomes between reading and confirmation, by their place in the stream.
         self._held: set[str] = set()
@@ -351,4 +351,4 @@ class Writers:
         sampling = Sampling(model, self._normal_fraction, self._routing)
         outcomes = self._outcomes(model)
         beside = [compare, keep]
-        return FrameWriter(model, outcomes, self._store, self._options, beside=beside, sampling=sampling, places=places)
+        return FrameWriter(model, outcomes, self._store, self._options, places, beside=beside, sampling=sampling)
