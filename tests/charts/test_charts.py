@@ -272,7 +272,7 @@ def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
         (("storage.retention.normalBytes=5",), "storage.retention.normalBytes is too small"),
         (("otlp.endpoint=http://collector",), "/otlp/endpoint"),
         (("otlp.endpoint=http://there:4317", "otlp.certificateFile=/a"), "for a collector at https://"),
-        (("storage.confirmAfterSeconds=1",), "must be over reductstore.compactionIntervalSeconds"),
+        (("storage.confirmAfterSeconds=2",), "must be over twice reductstore.compactionIntervalSeconds"),
         (("ingest.autoscaling.enabled=true", "ingest.autoscaling.minReplicas=9"), "minReplicas is over maxReplicas"),
         (("valkey.enabled=false", "externalRedis.url=redis://user:secret@there:6379"), "/externalRedis/url"),
         (("ingest.replica=3",), "replica"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import random
+import time
 import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from vigil_common.store.reduct_models import ReductModelStore
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Iterator
     from pathlib import Path
 
 T0 = 1_750_000_000_000_000
@@ -588,6 +590,74 @@ async def test_a_bundle_without_its_pointer_is_not_listed_and_can_be_published(s
         await store.get("cells", 1)
     assert missing.value.reason == "BUNDLE_INCOMPLETE"
     await store.close()
+
+
+@needs_reduct
+async def test_a_published_version_survives_a_kill_that_follows_at_once(own_server: ReductServer) -> None:
+    wanted = []
+    for number in range(10):
+        store = await ReductModelStore.open(own_server.url)
+        bundle = os.urandom(500_000)
+        info = version(1, bundle, f"cells{number}")
+        await publish(store, info, bundle)
+        own_server.kill()
+        await store.close()
+        wanted.append(info)
+        own_server.start()
+        store = await ReductModelStore.open(own_server.url)
+        assert await store.list() == wanted
+        assert await download(store, info) == bundle
+        await store.close()
+
+
+@needs_reduct
+async def test_what_is_written_is_compacted_within_two_intervals(own_server: ReductServer, tmp_path: Path) -> None:
+    """What `confirm_after_s` and `settle_s` build on; the interval of this server is 1 s."""
+    store = await ReductFrameStore.open(own_server.url)
+    cameras, written, ages = range(32), dict[int, float](), list[float]()
+
+    def look() -> None:
+        for camera, at in list(written.items()):
+            folder = tmp_path / "reduct" / "vigil-frames" / "cells" / f"cam{camera}"
+            if any(meta.stat().st_mtime > at for meta in folder.rglob("*.meta")):
+                ages.append(time.time() - written.pop(camera))
+
+    for second in range(5):
+        at = T0 + second * 1_000_000
+        records = [replace(record(f"f{second}", at), entry=f"cells/cam{camera}") for camera in cameras]
+        assert all(isinstance(result, Written) for result in await store.write(records))
+        written |= {camera: time.time() for camera in cameras if camera not in written}
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            look()
+    async with asyncio.timeout(5):
+        while written:
+            await asyncio.sleep(0.05)
+            look()
+    assert len(ages) >= 2 * len(cameras)
+    assert max(ages) < 2.5
+    await store.close()
+
+
+@needs_reduct
+async def test_what_is_written_to_an_entry_waits_until_the_record_before_is_safe(server: ReductServer) -> None:
+    bucket = f"models-{uuid.uuid4().hex[:8]}"
+    one, two = [await ReductModelStore.open(server.url, bucket=bucket, settle_s=0.5) for _ in range(2)]
+
+    async def took(step: Awaitable[object]) -> float:
+        began = time.monotonic()
+        await step
+        return time.monotonic() - began
+
+    assert await took(publish(one, version(1, b"one"), b"one")) < 0.4
+    assert await took(publish(one, version(1, b"o", "nuts"), b"o")) < 0.4
+    assert await took(publish(two, version(2, b"two"), b"two")) > 0.3
+    assert await took(one.deprecate("cells", 1, "misses cracks")) < 0.4
+    assert await took(two.deprecate("cells", 2, "misses cracks")) > 0.3
+    await asyncio.sleep(0.5)
+    assert await took(publish(one, version(3, b"three"), b"three")) < 0.4
+    for store in (one, two):
+        await store.close()
 
 
 @pytest.mark.parametrize("value", ["", " ", "%", "%25", "a,b", "ü", "plain text", "x" * 100, '"', "\x7f"])

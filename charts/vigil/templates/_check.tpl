@@ -12,7 +12,7 @@
 {{- if and $v.tls.clientCertificates (not $v.tls.enabled) }}{{ fail "tls.clientCertificates needs tls.enabled." }}{{ end -}}
 {{- if and $v.auth.enabled (not (and $v.auth.tokensSecret $v.auth.serviceTokenSecret)) }}{{ fail "Tokens without Secrets: set auth.tokensSecret and auth.serviceTokenSecret." }}{{ end -}}
 {{- if and $v.auth.enabled (not $v.tls.enabled) }}{{ fail "Tokens over plain text can be read on the way: auth.enabled needs tls.enabled." }}{{ end -}}
-{{- if and $v.reductstore.enabled (le (float64 $v.storage.confirmAfterSeconds) (float64 $v.reductstore.compactionIntervalSeconds)) }}{{ fail "storage.confirmAfterSeconds must be over reductstore.compactionIntervalSeconds: what is looked for earlier may still be lost with the server." }}{{ end -}}
+{{- if and $v.reductstore.enabled (le (float64 $v.storage.confirmAfterSeconds) (mulf 2 $v.reductstore.compactionIntervalSeconds)) }}{{ fail "storage.confirmAfterSeconds must be over twice reductstore.compactionIntervalSeconds: what is looked for earlier may still be lost with the server." }}{{ end -}}
 {{- if and $v.ingest.autoscaling.enabled (gt (int $v.ingest.autoscaling.minReplicas) (int $v.ingest.autoscaling.maxReplicas)) }}{{ fail "ingest.autoscaling.minReplicas is over maxReplicas." }}{{ end -}}
 {{- if and $v.otlp.certificateFile (not (hasPrefix "https://" $v.otlp.endpoint)) }}{{ fail "otlp.certificateFile is for a collector at https://: set otlp.endpoint so." }}{{ end -}}
 {{- if and $v.review.ingress.enabled (not $v.review.ingress.host) }}{{ fail "An Ingress without a host would take every request: set review.ingress.host." }}{{ end -}}

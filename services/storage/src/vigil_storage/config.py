@@ -27,8 +27,8 @@ class Settings(SecuritySettings):
         store_url: http(s):// of ReductStore, or file:///FOLDER for the embedded store.
         store_token_file: Holds ReductStore's API token.
         metrics_port: Prometheus metrics; 0 for none.
-        confirm_after_s: How long after a write a frame is looked for, and a published model, before its publisher hears
-            of it; longer than RS_ENGINE_COMPACTION_INTERVAL.
+        confirm_after_s: How long after a write a frame is looked for, and a model's next version may be written; longer
+            than two RS_ENGINE_COMPACTION_INTERVAL.
         batch_size: Records per write, at most 64.
         flush_ms: How long a batch that is not full waits for more.
         retention_normal_bytes: Normal frames that nobody reviewed and no candidate disagreed about have this quota,

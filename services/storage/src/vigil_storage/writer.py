@@ -47,7 +47,7 @@ class WriterOptions:
         batch_size: Records per write, at most 64.
         lanes: Writes in flight at once, over different entries.
         flush_ms: How long a batch that is not full waits for more.
-        confirm_after_s: How long after a write it is looked for: longer than the server's compaction interval.
+        confirm_after_s: How long after a write it is looked for: longer than two of the server's compaction intervals.
         max_unconfirmed: Frames written and not confirmed, at which reading pauses.
         lease_ms: How long a dead owner keeps others waiting.
     """

@@ -44,7 +44,7 @@ async def open_stores(url: str, token: str | None, *, settle_s: float = 2.5) -> 
     Args:
         url: `http(s)://HOST:PORT` of a ReductStore, or `file:///FOLDER` for the embedded one.
         token: ReductStore's API token.
-        settle_s: How long after a write ReductStore can no longer lose it, see `ReductModelStore.open`.
+        settle_s: See `ReductModelStore.open`.
 
     Raises:
         InvalidInput: For any other URL.

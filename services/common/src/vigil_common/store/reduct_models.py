@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 1 << 20
 LOOKS, LOOK_AGAIN_S = 5, 0.02
 BUNDLES, POINTERS, DEPRECATED = "bundles", "index", "deprecated"
+WRITTEN = "written_us"
 
 
 class ReductModelStore:
@@ -60,8 +61,8 @@ class ReductModelStore:
             url: Of the server.
             token: Of the API.
             bucket: Its name.
-            settle_s: `publish` answers once a version still stands this long after it was written: longer than the
-                server's compaction interval, before which a killed server may lose what it acknowledged.
+            settle_s: How long after a write to an entry the next one may follow: longer than two of the server's
+                compaction intervals, see `_append`.
         """
         settings = BucketSettings(quota_type=QuotaType.NONE)
         return cls(*await open_bucket(url, token, bucket, settings, None), settle_s)
@@ -98,7 +99,7 @@ class ReductModelStore:
 
     async def publish(self, info: ModelInfo) -> None:
         """Show an uploaded bundle; see the port."""
-        async with self._lock, translated():
+        async with translated():
             if await self._pointer(info.name, info.version) is not None:
                 raise Conflict("VERSION_EXISTS", f"{info.name} has a version {info.version}")
             if await self._place(info) is None:
@@ -109,16 +110,31 @@ class ReductModelStore:
                 raise _not_kept()
 
     async def _append(self, entry: str, version: int, body: bytes) -> None:
-        """Write a small record for good, and wait until a killed server can't lose it."""
+        """Write a small record for good.
+
+        A killed server keeps what it acknowledged, unless it dies in the middle of the next write to the same entry:
+        then it drops all that it has not compacted there. So the next write waits until the one before is safe.
+        """
+        async with self._lock:
+            await asyncio.sleep(await self._rest_s(entry))
+            labels = {WRITTEN: str(time.time_ns() // 1_000)}
+            try:
+                await self._bucket.write(entry, body, timestamp=version, content_type="application/json", labels=labels)
+            except ReductError as error:
+                if error.status_code == CONFLICT:
+                    raise Conflict("VERSION_EXISTS", f"{entry} has a record of version {version}") from error
+                raise
+
+    async def _rest_s(self, entry: str) -> float:
+        """How long the entry is still to be left alone, whoever wrote there last."""
+        newest_us = 0
         try:
-            await self._bucket.write(entry, body, timestamp=version, content_type="application/json")
+            async for record in self._bucket.query(entry, head=True):
+                newest_us = max(newest_us, int(record.labels.get(WRITTEN, 0)))
         except ReductError as error:
-            if error.status_code == CONFLICT:
-                raise Conflict("VERSION_EXISTS", f"{entry} has a record of version {version}") from error
-            raise
-        await asyncio.sleep(self._settle_s)
-        if (await self._client.info()).uptime < self._settle_s:
-            raise _not_kept()
+            if error.status_code != NOT_FOUND:
+                raise
+        return min(max(self._settle_s + newest_us / 1e6 - time.time(), 0.0), self._settle_s)
 
     async def deprecate(self, name: str, version: int, reason: str) -> ModelInfo:
         """Say why; see the port."""
