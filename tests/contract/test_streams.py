@@ -180,6 +180,9 @@ async def test_a_route_comes_back_as_it_was_written_with_its_candidate(streams: 
     assert await streams.routing.get(M) == written
     assert written.candidate == candidate
     assert written.comparison == written.generation
+    managed = await streams.routing.write(M, live=written.live, candidate=candidate, managed_by="here/cells")
+    assert await streams.routing.get(M) == managed
+    assert (managed.comparison, managed.managed_by) == (written.comparison, "here/cells")
     ended = await streams.routing.write(M, live=Live(1, "sha256:1"))
     assert await streams.routing.get(M) == ended
     assert (ended.candidate, ended.comparison, ended.live.threshold) == (None, 0, None)

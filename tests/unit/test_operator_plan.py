@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from vigil_operator.observed import Description, Problem
 from vigil_operator.phases import TRANSITIONS, Event, NotAllowed, Phase, after
 from vigil_operator.plan import RESYNC_S
 
-from tests.support.rollout import BAD, FEW, GOOD, Cut, World, digest_of, spec_of
+from tests.support.rollout import BAD, FEW, GOOD, MODEL, Cut, World, digest_of, spec_of
 
 MANUAL = {"rollout": {"approval": "Manual"}}
 
@@ -99,6 +100,16 @@ async def test_too_little_evidence_holds_after_the_timeout_and_never_passes() ->
     world.ask("promote", digest_of(2))
     await world.settle(1)
     assert (world.status.phase, await world.live()) == (Phase.LIVE, 2)
+
+
+async def test_the_route_says_who_decides_from_the_first_write_on_and_where_it_did_not_before() -> None:
+    world = await live_v1()
+    route = await world.streams.routing.get(MODEL)
+    assert route is not None
+    assert route.managed_by == "default/solar"
+    await world.streams.routing.write(MODEL, live=route.live)
+    await world.settle()
+    assert await world.streams.routing.get(MODEL) == replace(route, generation=route.generation + 2)
 
 
 async def test_what_is_kept_of_normal_frames_is_there_before_the_route_and_follows_the_spec() -> None:

@@ -174,3 +174,15 @@ async def test_a_comparison_decided_beside_a_promotion_does_not_bring_the_old_ve
     with pytest.raises(Unavailable, match="somebody else changed"):
         await Routes(bench.models, late).stop_comparison(MODEL)
     assert await routing.get(MODEL) == promoted
+
+
+async def test_what_an_anomalymodel_decides_is_left_to_it_unless_its_operator_is_away(bench: Bench) -> None:
+    live = Live(1, a_version(1).digest)
+    before = await bench.streams.routing.write(MODEL, live=live, managed_by="line-1/cells")
+    async with bench.asked_by("boss") as routes:
+        async for call in everything(routes):
+            with pytest.raises(ServiceError, match="AnomalyModel cells in namespace line-1") as caught:
+                await call
+            assert (caught.value.failure.code, caught.value.failure.reason) == ("FAILED_PRECONDITION", "MANAGED")
+        assert await bench.streams.routing.get(MODEL) == before
+        assert await routes.promote(MODEL, 2, force=True) == Route(MODEL, 2, None, 0)

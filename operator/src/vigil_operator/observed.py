@@ -135,11 +135,13 @@ class RouteSeen:
         live: The live version.
         candidate: What is compared with it.
         kept_fraction: Which part of the normal frames is stored, where the model has its own say.
+        ours: Whether it says that this resource decides, so that nobody else writes it.
     """
 
     live: Live | None
     candidate: Candidate | None = None
     kept_fraction: float | None = None
+    ours: bool = True
 
 
 @dataclass(frozen=True, slots=True)

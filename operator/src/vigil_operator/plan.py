@@ -623,7 +623,7 @@ class _Draft:
             # First, so that no frame of a new route is dropped or kept by another rule.
             if route.kept_fraction != seen.kept_fraction:
                 actions.append(KeepFraction(route.kept_fraction))
-            if (route.live, route.candidate) != (seen.live, seen.candidate):
+            if (route.live, route.candidate, route.ours) != (seen.live, seen.candidate, seen.ours):
                 actions.append(WriteRoute(route.live, route.candidate))
         # Nothing goes before the route is known to lead elsewhere.
         if seen is not None and (route or RouteSeen(None, None, seen.kept_fraction)) == seen:

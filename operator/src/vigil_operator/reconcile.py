@@ -207,7 +207,8 @@ class Reconciler:
             case RemoveWorkers(digest):
                 await self._workers.remove(resource, digest)
             case WriteRoute(live, candidate):
-                await self._routing.write(resource.spec.source.model, live=live, candidate=candidate)
+                model, by = resource.spec.source.model, _named(resource)
+                await self._routing.write(model, live=live, candidate=candidate, managed_by=by)
             case KeepFraction(fraction):
                 await self._routing.keep_fraction(resource.spec.source.model, fraction)
             case Emit():
@@ -226,7 +227,9 @@ class Reconciler:
         try:
             record = await self._routing.get(source.model)
             kept = await self._routing.kept_fraction(source.model)
-            route = RouteSeen(None, None, kept) if record is None else RouteSeen(record.live, record.candidate, kept)
+            route = RouteSeen(None, None, kept)
+            if record is not None:
+                route = RouteSeen(record.live, record.candidate, kept, ours=record.managed_by == _named(resource))
         except Unavailable as error:
             away["Routing"] = error.message
         candidate = status.candidate
@@ -241,3 +244,8 @@ class Reconciler:
             except Unavailable as error:
                 away["Shadow"] = error.message
         return Observed(versions, route, workloads, report, away=away)
+
+
+def _named(resource: Resource) -> str:
+    """How the routing table names it."""
+    return f"{resource.namespace}/{resource.name}"

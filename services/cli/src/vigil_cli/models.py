@@ -213,17 +213,26 @@ def promote(
     *,
     version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Though an AnomalyModel decides: its operator is away.")
+    ] = False,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
     """Make a published version live; its token needs the role admin."""
-    route = run(make_live(storage_address, name, version, threshold=threshold, token=token))
+    route = run(make_live(storage_address, name, version, threshold=threshold, force=force, token=token))
     console.print(f"{route.model} version {route.live} is live")
 
 
 async def make_live(
-    storage_address: str, name: str, version: int, *, threshold: float | None = None, token: str | None = None
+    storage_address: str,
+    name: str,
+    version: int,
+    *,
+    threshold: float | None = None,
+    force: bool = False,
+    token: str | None = None,
 ) -> Route:
     """Have storage write the route; workers and ingest follow within a second."""
     async with RouteClient(storage_address, token=token) as routes:
-        return await routes.promote(name, version, threshold=threshold)
+        return await routes.promote(name, version, threshold=threshold, force=force)

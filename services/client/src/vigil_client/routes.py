@@ -35,9 +35,14 @@ class RouteClient(Connected):
     def _stub(self) -> storage_pb2_grpc.RouteServiceAsyncStub:
         return storage_pb2_grpc.RouteServiceStub(self.channel)
 
-    async def promote(self, model: str, version: int = 0, *, threshold: float | None = None) -> Route:
-        """Make a published version live, the newest where it is 0; ingest and workers follow within a second."""
-        request = storage_pb2.PromoteRequest(model=model, version=version, threshold=threshold)
+    async def promote(
+        self, model: str, version: int = 0, *, threshold: float | None = None, force: bool = False
+    ) -> Route:
+        """Make a published version live, the newest where it is 0; ingest and workers follow within a second.
+
+        FAILED_PRECONDITION MANAGED where an AnomalyModel decides, unless forced.
+        """
+        request = storage_pb2.PromoteRequest(model=model, version=version, threshold=threshold, force=force)
         try:
             response = await self._stub.Promote(request, metadata=self.metadata, timeout=_CALL_S)
         except grpc.aio.AioRpcError as error:

@@ -79,6 +79,12 @@ class Conflict(VigilError):
     status = "ALREADY_EXISTS"
 
 
+class Managed(VigilError):
+    """Something else decides this, and would undo it."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class NotLive(VigilError):
     """The version asked for is not serving."""
 

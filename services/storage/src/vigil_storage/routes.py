@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vigil_common.audit import audit
-from vigil_common.errors import NotFound, NotLive
+from vigil_common.errors import Managed, NotFound, NotLive
 from vigil_common.streams.ports import Candidate
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class Routes:
     A change is made after the route that it was decided by; where that is not the latest any more, it raises
     `Unavailable` ROUTE_CHANGED and nothing happens. So a comparison never brings back a version that was live.
 
+    What an AnomalyModel decides is refused with `Managed` MANAGED: its operator would undo it.
+
     Args:
         models: Where model versions are.
         routing: Where routes are.
@@ -33,13 +35,18 @@ class Routes:
         self._models = models
         self._routing = routing
 
-    async def promote(self, model: str, version: int, threshold: float | None) -> Route:
-        """Make a version live (0: the newest); `NotLive` VERSION_DEPRECATED."""
+    async def promote(self, model: str, version: int, threshold: float | None, *, force: bool = False) -> Route:
+        """Make a version live (0: the newest); `NotLive` VERSION_DEPRECATED.
+
+        With `force` even where an AnomalyModel decides: for when its operator is away.
+        """
         info = await self._models.get(model, version or None)
         if info.deprecated:
             what = f"{model} version {info.version} is deprecated ({info.deprecated}); promote another"
             raise NotLive("VERSION_DEPRECATED", what)
         before = await self._routing.get(model)
+        if before is not None and not force:
+            _check_unmanaged(before)
         route = await self._routing.promote(
             model,
             version=info.version,
@@ -85,4 +92,15 @@ class Routes:
         before = await self._routing.get(model)
         if before is None:
             raise NotFound("UNKNOWN_MODEL", f"no version of {model} is live; promote one first")
+        _check_unmanaged(before)
         return await self._routing.write(model, live=before.live, candidate=candidate, after=before.generation)
+
+
+def _check_unmanaged(route: Route) -> None:
+    if route.managed_by:
+        namespace, _, name = route.managed_by.partition("/")
+        raise Managed(
+            "MANAGED",
+            f"AnomalyModel {name} in namespace {namespace} decides on {route.model} and would undo this; change its "
+            "spec instead (kubectl edit anomalymodel), or promote with --force while its operator is away",
+        )

@@ -150,7 +150,7 @@ class RouteServicer(storage_pb2_grpc.RouteServiceServicer):
         """Make a version live."""
         authorize(request.model)
         threshold = request.threshold if request.HasField("threshold") else None
-        route = await self._routes.promote(request.model, request.version, threshold)
+        route = await self._routes.promote(request.model, request.version, threshold, force=request.force)
         return storage_pb2.PromoteResponse(route=convert.route_of(route))
 
     async def StartComparison(

@@ -419,7 +419,13 @@ class MemoryRouting:
         return sorted({*self._routes, *left})
 
     async def write(
-        self, model: str, *, live: Live, candidate: Candidate | None = None, after: int | None = None
+        self,
+        model: str,
+        *,
+        live: Live,
+        candidate: Candidate | None = None,
+        after: int | None = None,
+        managed_by: str = "",
     ) -> Route:
         """Write the whole record."""
         check_roles(live, candidate)
@@ -433,7 +439,7 @@ class MemoryRouting:
             versions = (live.digest, live.threshold, candidate.digest, candidate.threshold)
             if (before.live.digest, before.live.threshold, old.digest, old.threshold) == versions:
                 comparison = before.comparison
-        route = self._routes[model] = Route(model, live, candidate, generation, comparison)
+        route = self._routes[model] = Route(model, live, candidate, generation, comparison, managed_by)
         state = self._streams.state(model)
         if comparison == generation:
             state.compared_from = state.shadow_delivered = state.last_id

@@ -246,6 +246,7 @@ class Route:
         generation: Grows with each change.
         comparison: The generation in which this candidate began to be compared with this live version under these
             thresholds; 0 where nothing is compared.
+        managed_by: The AnomalyModel that decides, as "NAMESPACE/NAME"; empty where people do.
     """
 
     model: str
@@ -253,6 +254,7 @@ class Route:
     candidate: Candidate | None
     generation: int
     comparison: int = 0
+    managed_by: str = ""
 
 
 def sampled(frame_id: str, fraction: float) -> bool:
@@ -286,7 +288,13 @@ class RoutingTable(Protocol):
         ...
 
     async def write(
-        self, model: str, *, live: Live, candidate: Candidate | None = None, after: int | None = None
+        self,
+        model: str,
+        *,
+        live: Live,
+        candidate: Candidate | None = None,
+        after: int | None = None,
+        managed_by: str = "",
     ) -> Route:
         """Write the whole record; workers, ingest and shadow follow within a second.
 

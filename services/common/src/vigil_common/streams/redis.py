@@ -655,7 +655,8 @@ def route_of(model: str, found: Mapping[bytes, bytes]) -> Route | None:
                 float(found[b"sample_fraction"]),
             )
         live = Live(int(found[b"version"]), found[b"digest"].decode(), _threshold(found[b"threshold"]))
-        return Route(model, live, candidate, int(found[b"generation"]), int(found.get(b"comparison", 0)))
+        managed_by = found.get(b"managed_by", b"").decode()
+        return Route(model, live, candidate, int(found[b"generation"]), int(found.get(b"comparison", 0)), managed_by)
     except (KeyError, ValueError, InvalidInput) as error:
         raise Unavailable(
             "ROUTING_UNREADABLE", f"the routing record of {model} is broken ({error}); promote a version again"
@@ -681,7 +682,13 @@ class RedisRouting:
         return sorted(name.decode() for name in await self._connection.command("SMEMBERS", MODELS))
 
     async def write(
-        self, model: str, *, live: Live, candidate: Candidate | None = None, after: int | None = None
+        self,
+        model: str,
+        *,
+        live: Live,
+        candidate: Candidate | None = None,
+        after: int | None = None,
+        managed_by: str = "",
     ) -> Route:
         """Write the whole record."""
         check_roles(live, candidate)
@@ -693,11 +700,11 @@ class RedisRouting:
         else:
             fraction = repr(candidate.sample_fraction)
             arguments += [candidate.version, candidate.digest, _text(candidate.threshold), fraction]
-        arguments.append("" if after is None else after)
+        arguments += ["" if after is None else after, managed_by]
         generation, comparison = await self._connection.script(ROUTE, self._keys(model), arguments)
         if not generation:
             raise route_changed(model)
-        return Route(model, live, candidate, int(generation), int(comparison))
+        return Route(model, live, candidate, int(generation), int(comparison), managed_by)
 
     async def promote(
         self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None

@@ -2,7 +2,8 @@
 -- Writes a model's whole route in one step; the change's stream id is its generation.
 -- KEYS: routing, changes, frames.  ARGV: prefix, seconds that a report is kept, version, digest, threshold ('' for the
 -- bundle's own), then the candidate's version, digest, threshold, sample fraction (version '' for none), then the
--- generation that must still stand ('0': nothing is live; '' for whatever stands), else nothing changes and 0 comes back.
+-- generation that must still stand ('0': nothing is live; '' for whatever stands), else nothing changes and 0 comes back,
+-- then which AnomalyModel decides ('' where people do).
 -- What is compared (both digests and thresholds) has a number of its own, the generation in which it began: another
 -- pair begins another comparison, with a report of its own and the frames that come after.
 if ARGV[10] ~= '' then
@@ -11,7 +12,8 @@ if ARGV[10] ~= '' then
 end
 local generation = redis.call('HINCRBY', KEYS[1], 'generation', 1)
 local old = redis.call('HMGET', KEYS[1], 'digest', 'threshold', 'candidate_digest', 'candidate_threshold', 'comparison')
-redis.call('HSET', KEYS[1], 'version', ARGV[3], 'digest', ARGV[4], 'threshold', ARGV[5])
+redis.call('HSET', KEYS[1], 'version', ARGV[3], 'digest', ARGV[4], 'threshold', ARGV[5],
+  'managed_by', ARGV[11])
 local comparison = 0
 if ARGV[6] == '' then
   redis.call('HDEL', KEYS[1], 'candidate_version', 'candidate_digest', 'candidate_threshold', 'sample_fraction',
