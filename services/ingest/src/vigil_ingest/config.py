@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from vigil_common.config import SecuritySettings
 
@@ -14,7 +17,7 @@ class Settings(SecuritySettings):
         redis_url: redis://, rediss:// or redis+cluster://.
         metrics_port: Prometheus metrics; 0 for none.
         queue_budget_bytes: Bytes of frames that a model's queue may hold.
-        max_image_bytes: Larger images are refused.
+        max_image_bytes: Larger images are refused; at most 60 MiB, for clients take no message over 64.
         max_image_pixels: Images of more pixels are refused before they are decoded.
         window: Frames in flight on one stream.
         client_calls: Calls of one client (its token's name, or its address without tokens) at once.
@@ -33,7 +36,7 @@ class Settings(SecuritySettings):
     redis_url: str = "redis://127.0.0.1:6379"
     metrics_port: int = 9090
     queue_budget_bytes: int = 256 << 20
-    max_image_bytes: int = 32 << 20
+    max_image_bytes: Annotated[int, Field(ge=1024, le=60 << 20)] = 32 << 20
     max_image_pixels: int = 50_000_000
     window: int = 256
     client_calls: int = 1024
