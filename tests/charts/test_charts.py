@@ -9,6 +9,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -176,6 +177,22 @@ def test_queue_and_store_hear_that_they_are_to_stop(tmp_path: Path) -> None:
         assert int(told) == process.pid, command
 
 
+@pytest.mark.parametrize(("values", "users"), [("full", True), ("external", False)])
+def test_each_service_sees_its_own_redis_password_alone_where_there_are_several(values: str, users: bool) -> None:  # noqa: FBT001 - pytest's parameter
+    seen = {}
+    for deployment in of_kind(CHARTS / "vigil" / "ci" / f"{values}-values.yaml", "Deployment"):
+        pod = deployment["spec"]["template"]["spec"]
+        (container,) = pod["containers"]
+        env = {part["name"]: part.get("value", "") for part in container["env"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert ("VIGIL_REDIS_URL" in env) == ("redis" in volumes) == (container["name"] != "review")
+        if "redis" in volumes:
+            items = volumes["redis"]["secret"].get("items", [])
+            seen[container["name"]] = (urlsplit(env["VIGIL_REDIS_URL"]).username, *(item["key"] for item in items))
+    names = ("ingest", "storage", "shadow")
+    assert seen == {name: (name, name) if users else ("vigil",) for name in names}
+
+
 def test_the_definition_outlives_the_release() -> None:
     (definition,) = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "CustomResourceDefinition")
     assert definition["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
@@ -275,6 +292,18 @@ def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
         (("storage.confirmAfterSeconds=2",), "must be over twice reductstore.compactionIntervalSeconds"),
         (("ingest.autoscaling.enabled=true", "ingest.autoscaling.minReplicas=9"), "minReplicas is over maxReplicas"),
         (("valkey.enabled=false", "externalRedis.url=redis://user:secret@there:6379"), "/externalRedis/url"),
+        (("valkey.users=true",), "set valkey.existingSecret to the Secret with users.acl"),
+        (
+            ("valkey.enabled=false", "externalRedis.url=redis://there", "externalRedis.users=true"),
+            "set externalRedis.existingSecret",
+        ),
+        (
+            (
+                *("valkey.enabled=false", "externalRedis.url=redis://me@there"),
+                *("externalRedis.users=true", "externalRedis.existingSecret=a"),
+            ),
+            "leave the one in externalRedis.url out",
+        ),
         (("ingest.replica=3",), "replica"),
         (("storage.batchSize=65",), "batchSize"),
         (("valkey.appendfsync=no",), "appendfsync"),
@@ -291,6 +320,11 @@ def test_what_can_not_work_is_refused_with_a_sentence(settings: tuple[str, ...],
     [
         (("platform.redisUrl=rediss://there:6379",), "Redis over TLS without its authority"),
         (("secrets.token=a",), "secrets.token needs secrets.tls"),
+        (("secrets.redisUsers=true",), "set secrets.redis to the Secret that holds them"),
+        (
+            ("secrets.redisUsers=true", "secrets.redis=a", "platform.redisUrl=redis://me@there:6379"),
+            "leave the one in platform.redisUrl out",
+        ),
         (("replicas=2",), "replicas"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.conftest import OWN, REGISTRY, TAG, image_settings
-from tests.e2e.tools import CONTAINER_SECURITY, POD_SECURITY, ROOT, certificates, restricted, say, secret, wait_until
+from tests.e2e.tools import (
+    CONTAINER_SECURITY,
+    POD_SECURITY,
+    ROOT,
+    certificates,
+    redis_users,
+    restricted,
+    say,
+    secret,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +160,9 @@ def hosts(full: str, namespace: str) -> list[str]:
     return [f"{full}-{part}{end}" for part in SERVERS for end in ("", f".{namespace}.svc")]
 
 
-def secured(namespace: str, files: dict[str, str], tls: str = "vigil-tls") -> list[dict[str, Any]]:
+def secured(
+    namespace: str, files: dict[str, str], tls: str = "vigil-tls", users: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The Secrets that the values name."""
     tokens = {name: secrets.token_hex(32) for name in ("service", "test")}
     roles = {"service": ["serve"], "test": ["stream", "review"]}
@@ -160,7 +172,9 @@ def secured(namespace: str, files: dict[str, str], tls: str = "vigil-tls") -> li
     ]
     return [
         secret(namespace, tls, files),
-        secret(namespace, "vigil-redis", {"password": secrets.token_hex(16), "ca.crt": files["ca.crt"]}),
+        secret(
+            namespace, "vigil-redis", {"password": secrets.token_hex(16), "ca.crt": files["ca.crt"], **(users or {})}
+        ),
         secret(namespace, "vigil-reduct", {"token": secrets.token_hex(16)}),
         secret(namespace, "vigil-tokens", {"tokens.yaml": json.dumps({"tokens": known})}),
         *(secret(namespace, f"vigil-{name}-token", {"token": token}) for name, token in tokens.items()),
@@ -296,7 +310,10 @@ def test_full(site: Site, tmp_path: Path) -> None:
     for models in ("line-1", "line-2"):
         site.namespace(models)
     files = certificates(tmp_path / "full", hosts("production-vigil", namespace))
-    cluster.apply(*secured(namespace, files, tls="production-vigil-tls"), secret(namespace, "vigil-tls", files))
+    users = redis_users(tmp_path / "redis-users")
+    cluster.apply(
+        *secured(namespace, files, tls="production-vigil-tls", users=users), secret(namespace, "vigil-tls", files)
+    )
     stop = threading.Event()
 
     def give_addresses() -> None:

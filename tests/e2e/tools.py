@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vigil_common.streams import acl
+
 from tests.e2e.cluster import node, programs
 
 if TYPE_CHECKING:
@@ -246,6 +248,12 @@ def secret(namespace: str, name: str, values: Mapping[str, str]) -> dict[str, An
     """A Secret."""
     metadata = {"name": name, "namespace": namespace}
     return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": dict(values)}
+
+
+def redis_users(folder: Path) -> dict[str, str]:
+    """A Redis user for each service, as values of a Secret."""
+    acl.write(folder)
+    return {file.name: file.read_text() for file in folder.iterdir()}
 
 
 def certificates(folder: Path, hosts: Sequence[str]) -> dict[str, str]:

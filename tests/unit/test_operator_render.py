@@ -27,8 +27,9 @@ PLAIN = WorkerSettings(
 )
 SECURE = replace(
     PLAIN,
-    redis_url="rediss://valkey.vigil:6380/0",
+    redis_url="rediss://inference@valkey.vigil:6380/0",
     redis_secret="vigil-redis",  # noqa: S106 - the name of one
+    redis_users=True,
     tls_secret="vigil-tls",  # noqa: S106 - the name of one
     token_secret="vigil-token",  # noqa: S106 - the name of one
     tokens_secret="vigil-tokens",  # noqa: S106 - the name of one
@@ -81,6 +82,16 @@ def test_what_a_model_is_in_kubernetes_is_what_was_looked_at(
     if os.environ.get("VIGIL_WRITE_GOLDEN"):
         file.write_text(text)
     assert file.read_text() == text, "set VIGIL_WRITE_GOLDEN=1 to write it anew, then look at the difference"
+
+
+def test_with_one_redis_password_for_all_everybody_logs_in_as_its_user() -> None:
+    settings = replace(SECURE, redis_url="redis://vigil@there:6379", redis_users=False)
+    deployment, _, scaled = build_workers(_resource(FULL), settings, 1, DIGEST)
+    volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+    assert volumes["redis"]["secret"] == {"secretName": "vigil-redis"}
+    assert scaled["spec"]["triggers"][0]["metadata"]["username"] == "vigil"
+    (authentication,) = [part for part in build_model(_resource(FULL), settings, DIGEST) if "Trigger" in part["kind"]]
+    assert authentication["spec"]["secretTargetRef"][0]["key"] == "password"
 
 
 def test_without_a_live_version_there_is_no_service() -> None:

@@ -7,6 +7,9 @@
 {{- if and (not $v.reductstore.enabled) (not $v.externalReductStore.url) }}{{ fail "No ReductStore: set externalReductStore.url, or reductstore.enabled to true." }}{{ end -}}
 {{- $normal := int64 $v.storage.retention.normalBytes }}{{- if and (gt $normal 0) (lt $normal 268435456) }}{{ fail "storage.retention.normalBytes is too small: 0 for no quota, or at least 268435456." }}{{ end -}}
 {{- if and $v.tls.enabled (not $v.tls.existingSecret) (not $v.tls.certManager.enabled) }}{{ fail "TLS without a certificate: name its Secret in tls.existingSecret, or set tls.certManager.enabled." }}{{ end -}}
+{{- if and $v.valkey.users (not $v.valkey.existingSecret) }}{{ fail "Redis users without passwords: set valkey.existingSecret to the Secret with users.acl." }}{{ end -}}
+{{- if and $v.externalRedis.users (not $v.externalRedis.existingSecret) }}{{ fail "Redis users without passwords: set externalRedis.existingSecret." }}{{ end -}}
+{{- if and $v.externalRedis.users (contains "@" $v.externalRedis.url) }}{{ fail "externalRedis.users gives each service its own user: leave the one in externalRedis.url out." }}{{ end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.certManager.issuer) }}{{ fail "cert-manager without an issuer: set tls.certManager.issuer." }}{{ end -}}
 {{- if and $v.tls.certManager.enabled (not $v.tls.enabled) }}{{ fail "tls.certManager.enabled does nothing without tls.enabled: set both." }}{{ end -}}
 {{- if and $v.tls.clientCertificates (not $v.tls.enabled) }}{{ fail "tls.clientCertificates needs tls.enabled." }}{{ end -}}

@@ -40,12 +40,18 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- with $image.registry }}{{ . }}/{{ end }}{{ with $image.prefix }}{{ . }}/{{ end }}{{ .component }}:{{ $image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
+{{/* Whether each service is a Redis user of its own. */}}
+{{- define "vigil.redisUsers" -}}
+{{- if ternary .Values.valkey.users .Values.externalRedis.users .Values.valkey.enabled }}yes{{ end -}}
+{{- end }}
+
 {{- define "vigil.redisUrl" -}}
-{{- if .Values.valkey.enabled -}}
-{{ ternary "rediss" "redis" .Values.tls.enabled }}://{{ include "vigil.fullname" . }}-valkey:6379/0
-{{- else -}}
-{{ .Values.externalRedis.url }}
+{{- $url := .root.Values.externalRedis.url -}}
+{{- if .root.Values.valkey.enabled -}}
+{{- $url = printf "%s://%s-valkey:6379/0" (ternary "rediss" "redis" .root.Values.tls.enabled) (include "vigil.fullname" .root) -}}
 {{- end -}}
+{{- if include "vigil.redisUsers" .root }}{{ $url = replace "://" (printf "://%s@" .component) $url }}{{ end -}}
+{{ $url }}
 {{- end }}
 
 {{- define "vigil.storeUrl" -}}
@@ -123,17 +129,21 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Every service has these: Redis, TLS, tokens. */}}
-{{- define "vigil.env" -}}
-- {name: VIGIL_LOG_LEVEL, value: {{ .Values.logLevel | quote }}}
+{{/* The page asks other services alone. */}}
+{{- define "vigil.redisEnv" -}}
 - {name: VIGIL_REDIS_URL, value: {{ include "vigil.redisUrl" . | quote }}}
-- {name: VIGIL_METRICS_PORT, value: "9090"}
-{{- if include "vigil.redisSecret" . }}
+{{- if include "vigil.redisSecret" .root }}
 - {name: VIGIL_REDIS_PASSWORD_FILE, value: /etc/vigil/redis/password}
 {{- end }}
-{{- if include "vigil.redisCaSecret" . }}
+{{- if include "vigil.redisCaSecret" .root }}
 - {name: VIGIL_REDIS_CA_FILE, value: /etc/vigil/redis-ca/ca.crt}
 {{- end }}
+{{- end }}
+
+{{/* Every service has these: TLS, tokens. */}}
+{{- define "vigil.env" -}}
+- {name: VIGIL_LOG_LEVEL, value: {{ .Values.logLevel | quote }}}
+- {name: VIGIL_METRICS_PORT, value: "9090"}
 {{- if .Values.tls.enabled }}
 - {name: VIGIL_TLS_CERT_FILE, value: /etc/vigil/tls/tls.crt}
 - {name: VIGIL_TLS_KEY_FILE, value: /etc/vigil/tls/tls.key}
@@ -152,8 +162,10 @@ capabilities: {drop: [ALL]}
 {{/* Folder below /etc/vigil: Secret that is mounted there. */}}
 {{- define "vigil.secrets" -}}
 {{- $secrets := dict -}}
+{{- if ne .component "review" -}}
 {{- with include "vigil.redisSecret" .root }}{{ $_ := set $secrets "redis" . }}{{ end -}}
 {{- with include "vigil.redisCaSecret" .root }}{{ $_ := set $secrets "redis-ca" . }}{{ end -}}
+{{- end -}}
 {{- if .root.Values.tls.enabled }}{{ $_ := set $secrets "tls" (include "vigil.tlsSecret" .root) }}{{ end -}}
 {{- if .root.Values.auth.enabled -}}
 {{- $_ := set $secrets "tokens" .root.Values.auth.tokensSecret -}}
@@ -202,6 +214,9 @@ spec:
           securityContext: {{- include "vigil.containerSecurity" . | nindent 12 }}
           env:
             {{- include "vigil.env" .root | nindent 12 }}
+            {{- if ne .component "review" }}
+            {{- include "vigil.redisEnv" . | nindent 12 }}
+            {{- end }}
             - {name: VIGIL_DRAIN_S, value: {{ .values.drainSeconds | quote }}}
             {{- if and .root.Values.otlp.endpoint (has .component (list "ingest" "storage")) }}
             - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .root.Values.otlp.endpoint | quote }}}
@@ -252,7 +267,11 @@ spec:
       volumes:
         - {name: tmp, emptyDir: {sizeLimit: 256Mi}}
         {{- range $folder, $secret := $secrets }}
+        {{- if and (eq $folder "redis") (include "vigil.redisUsers" $.root) }}
+        - {name: redis, secret: {secretName: {{ $secret }}, defaultMode: 0440, items: [{key: {{ $.component }}, path: password}]}}
+        {{- else }}
         - {name: {{ $folder }}, secret: {secretName: {{ $secret }}, defaultMode: 0440}}
+        {{- end }}
         {{- end }}
 {{- end }}
 

@@ -30,6 +30,7 @@ class Settings(SecuritySettings):
         worker_redis_url: The queue, as workers reach it; empty for redis_url.
         worker_storage_address: Storage, as workers reach it; empty for storage_address.
         worker_redis_secret: A Secret in the models' namespaces: `password`, and `ca.crt` for rediss://.
+        worker_redis_users: Whether it holds a password per user instead, each under its name.
         worker_tls_secret: A Secret there: `tls.crt`, `tls.key`, `ca.crt`.
         worker_token_secret: A Secret there: `token`, for calls to storage.
         worker_tokens_secret: A Secret there: `tokens.yaml`, who may call workers.
@@ -57,6 +58,7 @@ class Settings(SecuritySettings):
     worker_redis_url: str = ""
     worker_storage_address: str = ""
     worker_redis_secret: str = ""
+    worker_redis_users: bool = False
     worker_tls_secret: str = ""
     worker_token_secret: str = ""
     worker_tokens_secret: str = ""
@@ -75,6 +77,7 @@ class Settings(SecuritySettings):
             image_pull_policy=self.worker_image_pull_policy,
             image_pull_secrets=names(self.worker_image_pull_secrets),
             redis_secret=self.worker_redis_secret,
+            redis_users=self.worker_redis_users,
             tls_secret=self.worker_tls_secret,
             token_secret=self.worker_token_secret,
             tokens_secret=self.worker_tokens_secret,

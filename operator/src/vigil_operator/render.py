@@ -47,6 +47,7 @@ class WorkerSettings:
         image_pull_policy: As in a Pod; empty for Kubernetes' default.
         image_pull_secrets: Names of Secrets in the models' namespaces.
         redis_secret: A Secret there with `password`, and `ca.crt` for rediss://; empty for none.
+        redis_users: Whether it holds a password per user instead, `inference` and, for KEDA, `keda`.
         tls_secret: A Secret there with `tls.crt`, `tls.key` and `ca.crt`; empty for none.
         token_secret: A Secret there with `token`, for calls to storage; empty for none.
         tokens_secret: A Secret there with `tokens.yaml`: who may call the workers; empty for everybody.
@@ -64,6 +65,7 @@ class WorkerSettings:
     image_pull_policy: str = ""
     image_pull_secrets: tuple[str, ...] = ()
     redis_secret: str = ""
+    redis_users: bool = False
     tls_secret: str = ""
     token_secret: str = ""
     tokens_secret: str = ""
@@ -338,8 +340,18 @@ def _volumes(settings: WorkerSettings) -> list[Manifest]:
     return [
         {"name": "cache", "emptyDir": {}},
         {"name": "tmp", "emptyDir": {}},
-        *({"name": name, "secret": {"secretName": secret}} for name, secret, _ in _secrets(settings)),
+        *({"name": name, "secret": _secret(name, secret, settings)} for name, secret, _ in _secrets(settings)),
     ]
+
+
+def _secret(volume: str, secret: str, settings: WorkerSettings) -> Manifest:
+    if volume != "redis" or not settings.redis_users:
+        return {"secretName": secret}
+    # Of all users' passwords a worker sees its own.
+    items = [{"key": "inference", "path": "password"}]
+    if settings.redis_url.startswith("rediss"):
+        items.append({"key": "ca.crt", "path": "ca.crt"})
+    return {"secretName": secret, "items": items}
 
 
 def build_disruption_budget(resource: Resource, digest: str) -> Manifest:
@@ -377,6 +389,8 @@ def build_scaled_object(resource: Resource, settings: WorkerSettings, scaling: A
         "lagCount": str(scaling.target_lag),
         "enableTLS": "true" if address.scheme.startswith("rediss") else "false",
     }
+    if user := "keda" if settings.redis_users else address.username:
+        trigger["username"] = user
     kind = "redis-cluster-streams" if "+cluster" in address.scheme else "redis-streams"
     if kind == "redis-cluster-streams":
         trigger["addresses"] = trigger.pop("address")
@@ -396,7 +410,8 @@ def build_scaled_object(resource: Resource, settings: WorkerSettings, scaling: A
 
 def build_trigger_authentication(resource: Resource, settings: WorkerSettings) -> Manifest:
     """How KEDA gets Redis' password."""
-    targets = [{"parameter": "password", "name": settings.redis_secret, "key": "password"}]
+    key = "keda" if settings.redis_users else "password"
+    targets = [{"parameter": "password", "name": settings.redis_secret, "key": key}]
     spec = {"secretTargetRef": targets}
     return _object(resource, "keda.sh/v1alpha1", "TriggerAuthentication", service_name(resource), spec=spec)
 

@@ -121,6 +121,8 @@ USERS: dict[str, tuple[Grant, ...]] = {
         Grant("srem", MODELS),
         Grant("set del", "keep-fraction"),
     ),
+    # Scales workers by what live has yet to judge.
+    "keda": (Grant("xinfo|groups xpending xlen", read="frames"),),
 }
 
 
