@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from vigil_common.bundle import open_bundle
 from vigil_common.errors import InvalidBundle, InvalidInput
@@ -46,10 +48,7 @@ def trained() -> Bundle:
 @pytest.fixture(autouse=True)
 def onnx_only(monkeypatch: pytest.MonkeyPatch) -> None:
     # OpenVINO's tools take longer to import than all else here.
-    every = module._builds
-    monkeypatch.setattr(
-        module, "_builds", lambda manifest: {k: v for k, v in every(manifest).items() if v[0] == "onnxruntime"}
-    )
+    monkeypatch.setattr(module, "BUILDS", {k: v for k, v in module.BUILDS.items() if v[0] == "onnxruntime"})
 
 
 def test_a_variant_of_full_precision_says_the_same_and_a_worker_may_take_it(trained: Bundle, tmp_path: Path) -> None:
@@ -129,3 +128,70 @@ def test_weights_beside_the_graph_are_taken_into_the_variant(trained: Bundle, tm
     blank = np.zeros((1, 3, 64, 64), dtype=np.float32)
     found, expected = (open_graph(one, trained.manifest, "onnxruntime")(blank)["pred_score"] for one in (path, source))
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def graph_of(
+    *nodes: onnx.NodeProto, shape: list[int | str], wanted: list[int | str], **constants: object
+) -> onnx.ModelProto:
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, wanted)]
+    known = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, known)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def run(model: onnx.ModelProto, value: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": value})[0])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 40), (256, 256), (300, 299)])
+def test_a_maps_resize_is_two_products_that_say_the_same(size: tuple[int, int]) -> None:
+    resize = helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], mode="linear")
+    wanted = np.array([2, 1, 256, 256], dtype=np.int64)
+    model = graph_of(resize, shape=[2, 1, *size], wanted=[2, 1, 256, 256], sizes=wanted)
+    made = module.resized_by_products(model)
+    assert [node.op_type for node in made.graph.node] == ["MatMul", "MatMul"]
+    value = np.random.default_rng(1).normal(size=(2, 1, *size)).astype(np.float32)
+    assert run(made, value) == pytest.approx(run(model, value), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ([1, 1, "h", "w"], {}),
+        ([1, 64, 16, 16], {}),
+        ([1, 1, 16, 16], {"mode": "nearest"}),
+        ([1, 1, 16, 16], {"coordinate_transformation_mode": "align_corners"}),
+        ([1, 1, 300, 300], {"antialias": 1}),
+    ],
+)
+def test_other_resizes_stay(shape: list[int | str], how: dict[str, Any]) -> None:
+    resize = helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], **{"mode": "linear", **how})
+    sizes = np.array([1, shape[1], 256, 256], dtype=np.int64)
+    model = graph_of(resize, shape=shape, wanted=[1, shape[1], 256, 256], sizes=sizes)
+    assert [node.op_type for node in module.resized_by_products(model).graph.node] == ["Resize"]
+
+
+def test_between_two_quantised_convolutions_nothing_is_turned_to_f32_and_back(trained: Bundle, tmp_path: Path) -> None:
+    source = np.random.default_rng(2)
+    nodes = [
+        helper.make_node("Conv", ["x", "first"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Clip", ["a", "low", "high"], ["b"]),
+        helper.make_node("Conv", ["b", "second"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Conv", ["d", "third"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    weights = {name: source.normal(size=(3, 3, 3, 3)).astype(np.float32) for name in ("first", "second", "third")}
+    bounds = {"low": np.float32(0), "high": np.float32(6)}
+    model = graph_of(*nodes, shape=[1, 3, 64, 64], wanted=[1, 3, 64, 64], **weights, **bounds)
+    path = tmp_path / trained.manifest.artefacts["onnxruntime"].path
+    path.parent.mkdir(parents=True)
+    onnx.save(model, path)
+    manifest = trained.manifest.model_copy(update={"input": trained.manifest.input.model_copy(update={"name": "x"})})
+    images = [source.normal(size=(1, 3, 64, 64)).astype(np.float32) for _ in range(8)]
+    (made,) = module._onnx_int8(tmp_path, manifest, images)
+    operators = [node.op_type for node in onnx.load(made).graph.node]
+    assert not {"Clip", "Relu"} & set(operators)
+    told, expected = run(onnx.load(made), images[0]), run(model, images[0])
+    assert np.corrcoef(told.ravel(), expected.ravel())[0, 1] > 0.995
