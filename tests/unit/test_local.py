@@ -65,6 +65,19 @@ async def test_a_stopped_process_can_be_started_again_and_its_output_is_kept(tmp
     assert process.pid is None
 
 
+async def test_what_nobody_waits_for_stands_back(tmp_path: Path) -> None:
+    process = Process("sleeper", SLEEPER, tmp_path / "log", os.environ, nice=5)
+    process.start()
+    assert process.pid is not None
+    async with asyncio.timeout(DEADLINE_S):
+        while process.tail().count("up") == 0:
+            await asyncio.sleep(0.02)
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+    group = Path(f"/proc/{process.pid}/autogroup")
+    assert not group.exists() or group.read_text().endswith("nice 5\n")
+    process.kill()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 async def test_children_end_with_a_killed_parent(tmp_path: Path) -> None:
     parent = await asyncio.create_subprocess_exec(

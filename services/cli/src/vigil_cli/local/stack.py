@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _HEALTH_POLL_S = 0.05
 _INGEST, _STORAGE, _SHADOW, _VALKEY, _REDUCT = "ingest", "storage", "shadow", "valkey", "reductstore"
 _REVIEW = "review"
+# Somebody waits for a verdict and nobody for its storing, which the queue bridges.
+_NOBODY_WAITS_FOR, _NICE = (_STORAGE, _REDUCT, _SHADOW), 5
 
 
 class StackError(RuntimeError):
@@ -255,7 +257,8 @@ class LocalStack:
         return f"127.0.0.1:{self._ports[name]}"
 
     def _add(self, name: str, command: list[str], env: dict[str, str]) -> None:
-        self._processes[name] = Process(name, command, self.folder / "logs" / f"{name}.log", env)
+        nice = _NICE if name in _NOBODY_WAITS_FOR else 0
+        self._processes[name] = Process(name, command, self.folder / "logs" / f"{name}.log", env, nice)
 
     def _add_valkey(self) -> None:
         try:
