@@ -348,7 +348,9 @@ class RedisStreams:
             more |= {"ssl_certfile": str(security.tls_cert_file), "ssl_keyfile": str(security.tls_key_file)}
         if "+cluster://" in url:
             plain = url.replace("+cluster://", "://", 1)
-            cluster = RedisCluster.from_url(plain, protocol=2, retry=retry, socket_timeout=5.0, **more)
+            cluster = RedisCluster.from_url(
+                plain, protocol=2, retry=retry, socket_timeout=5.0, driver_info=None, **more
+            )
             # Raw replies, but for what the cluster client itself asks.
             for name in set(cluster.response_callbacks) - {"COMMAND", "CLUSTER SLOTS", "CLUSTER SHARDS"}:
                 del cluster.response_callbacks[name]
@@ -362,6 +364,8 @@ class RedisStreams:
             # A pooled connection may have died with the server; redis-py checks before it is used again.
             health_check_interval=0,
             max_connections=256,
+            # Else it says its name at each connection, by a command that Redis 7.0 does not know.
+            driver_info=None,
             **more,
         )
         # Raw replies: the callbacks would build objects that nobody reads.
