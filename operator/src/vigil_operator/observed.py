@@ -68,6 +68,11 @@ class Resource:
     request: Request | None
     attempt: str
 
+    @property
+    def full_name(self) -> str:
+        """As people and the routing table name it: "NAMESPACE/NAME"."""
+        return f"{self.namespace}/{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Published:

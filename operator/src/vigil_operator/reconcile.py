@@ -158,7 +158,7 @@ class Reconciler:
                 if (live := made.status.live) and (before is None or live.digest != before.digest):
                     audit(
                         "promoted",
-                        by=f"operator, for {resource.namespace}/{resource.name}",
+                        by=f"operator, for {resource.full_name}",
                         model=resource.spec.source.model,
                         version=live.version,
                         digest=live.digest,
@@ -207,8 +207,8 @@ class Reconciler:
             case RemoveWorkers(digest):
                 await self._workers.remove(resource, digest)
             case WriteRoute(live, candidate):
-                model, by = resource.spec.source.model, _named(resource)
-                await self._routing.write(model, live=live, candidate=candidate, managed_by=by)
+                model = resource.spec.source.model
+                await self._routing.write(model, live=live, candidate=candidate, managed_by=resource.full_name)
             case KeepFraction(fraction):
                 await self._routing.keep_fraction(resource.spec.source.model, fraction)
             case Emit():
@@ -229,7 +229,7 @@ class Reconciler:
             kept = await self._routing.kept_fraction(source.model)
             route = RouteSeen(None, None, kept)
             if record is not None:
-                route = RouteSeen(record.live, record.candidate, kept, ours=record.managed_by == _named(resource))
+                route = RouteSeen(record.live, record.candidate, kept, ours=record.managed_by == resource.full_name)
         except Unavailable as error:
             away["Routing"] = error.message
         candidate = status.candidate
@@ -244,8 +244,3 @@ class Reconciler:
             except Unavailable as error:
                 away["Shadow"] = error.message
         return Observed(versions, route, workloads, report, away=away)
-
-
-def _named(resource: Resource) -> str:
-    """How the routing table names it."""
-    return f"{resource.namespace}/{resource.name}"
