@@ -14,7 +14,18 @@ from vigil_cli.demo_shadow import inverted
 from vigil_trainer import train
 
 from tests.e2e.conftest import NEXT_TAG, OWN, REGISTRY, TAG, image_settings
-from tests.e2e.tools import ROOT, ClientPod, Cluster, certificates, check_account, restricted, say, secret, wait_until
+from tests.e2e.tools import (
+    ROOT,
+    ClientPod,
+    Cluster,
+    certificates,
+    check_account,
+    redis_users,
+    restricted,
+    say,
+    secret,
+    wait_until,
+)
 from tests.support.cells import load_cells
 
 if TYPE_CHECKING:
@@ -359,7 +370,7 @@ def test_what_was_uninstalled_finds_everything_again(platform: Platform) -> None
 
 
 def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_path: Path) -> None:
-    # Given certificates of one authority, tokens and passwords in Secrets
+    # Given certificates of one authority, tokens, and a Redis user for each service, in Secrets
     parts = ("ingest", "storage", "shadow", "review", "valkey", "reductstore")
     hosts = [f"{RELEASE}-{part}{end}" for part in parts for end in ("", f".{NAMESPACE}.svc")]
     files = certificates(tmp_path / "ours", [*hosts, f"vigil-{MODEL}.{NAMESPACE}.svc", "localhost"])
@@ -371,7 +382,7 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
     ]
     platform.cluster.apply(
         secret(NAMESPACE, "vigil-tls", files),
-        secret(NAMESPACE, "vigil-redis", {"password": secrets.token_hex(16), "ca.crt": files["ca.crt"]}),
+        secret(NAMESPACE, "vigil-redis", {**redis_users(tmp_path / "redis-users"), "ca.crt": files["ca.crt"]}),
         secret(NAMESPACE, "vigil-reduct", {"token": secrets.token_hex(16)}),
         secret(NAMESPACE, "vigil-tokens", {"tokens.yaml": json.dumps({"tokens": known})}),
         secret(NAMESPACE, "vigil-service-token", {"token": tokens["service"]}),
@@ -384,18 +395,19 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
     seconds = platform.install(
         *server,
         *("tls.enabled=true", "tls.existingSecret=vigil-tls", "valkey.existingSecret=vigil-redis"),
+        "valkey.users=true",
         *("reductstore.existingSecret=vigil-reduct", "auth.enabled=true", "auth.tokensSecret=vigil-tokens"),
         *("auth.serviceTokenSecret=vigil-service-token", "test.tokenSecret=vigil-client-token", f"test.model={MODEL}"),
         operator=(
-            *("secrets.redis=vigil-redis", "secrets.tls=vigil-tls"),
+            *("secrets.redis=vigil-redis", "secrets.redisUsers=true", "secrets.tls=vigil-tls"),
             *("secrets.token=vigil-service-token", "secrets.tokens=vigil-tokens"),
         ),
     )
     say(f"all ready with TLS after {seconds:.0f} s")
     platform.start_client(
         {
-            "VIGIL_REDIS_URL": f"rediss://{RELEASE}-valkey:6379/0",
-            "VIGIL_REDIS_PASSWORD_FILE": "/etc/vigil/redis/password",
+            "VIGIL_REDIS_URL": f"rediss://admin@{RELEASE}-valkey:6379/0",
+            "VIGIL_REDIS_PASSWORD_FILE": "/etc/vigil/redis/admin",
             "VIGIL_REDIS_CA_FILE": "/etc/vigil/redis/ca.crt",
             "VIGIL_TLS_CA_FILE": "/etc/vigil/redis/ca.crt",
             "VIGIL_TOKEN_FILE": "/etc/vigil/token/token",
@@ -403,8 +415,11 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
         {"redis": "vigil-redis", "token": "vigil-client-token"},
         **{"stranger.crt": stranger["ca.crt"].encode()},
     )
-    # then who has a token streams: the operator has written the lost route anew
+    # then the operator writes the lost route anew, which the status of before does not tell
     platform.wait_live(1)
+    asked = f"vigil check --model {MODEL} 2>&1 || true"
+    wait_until("the route", lambda: "keeps frame" in platform.client.run("sh", "-c", asked), 120.0)
+    # and who has a token streams
     check_account(platform.client, MODEL, platform.client.stream(MODEL, count=50, rate=RATE).result())
     platform.cluster.helm("test", RELEASE, "--namespace", NAMESPACE, "--timeout", "120s")
     # who has none is told so
