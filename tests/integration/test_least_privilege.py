@@ -123,6 +123,10 @@ async def test_every_service_does_its_work_as_its_own_user_and_nothing_is_refuse
         operator = await RedisStreams.connect(stack.url("operator"), security=settings)
         await operator.routing.write(MODEL, live=Live(live.version, live.digest))
         await operator.routing.keep_fraction(MODEL, 0.5)
+        assert await operator.routing.kept_fraction(MODEL) == 0.5
+        route = await operator.routing.get(MODEL)
+        assert route is not None
+        assert route.live.version == live.version
         await operator.routing.keep_fraction(MODEL, None)
         await operator.routing.remove(MODEL)
         await operator.close()

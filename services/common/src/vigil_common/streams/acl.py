@@ -119,7 +119,7 @@ USERS: dict[str, tuple[Grant, ...]] = {
         Grant("del", "routing routing-changes"),
         Grant("exists xlen", "frames"),
         Grant("srem", MODELS),
-        Grant("set del", "keep-fraction"),
+        Grant("get set del", "keep-fraction"),
     ),
     # Scales workers by what live has yet to judge.
     "keda": (Grant("xinfo|groups xpending xlen", read="frames"),),
