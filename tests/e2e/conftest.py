@@ -78,6 +78,9 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster()
         return
     kept = os.environ.get("VIGIL_E2E_KEEP") == "1"
+    if not kept:
+        # A run that was killed leaves its node, and on its disk the releases that this one would meet.
+        node.down()
     found = own_node()
     try:
         if not (kept and Path(node.DIR / "images-loaded").exists()):

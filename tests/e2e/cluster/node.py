@@ -233,17 +233,26 @@ def _start(name: str, *command: str | Path) -> None:
         process = subprocess.Popen(
             inside(*command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
-    _write(DIR / "run" / f"{name}.pid", str(process.pid))
+    _write(DIR / "run" / f"{name}.pid", f"{process.pid} {_born(process.pid)}")
+
+
+def _born(pid: int) -> str:
+    """What tells a process from one that gets its number later, also after a reboot; empty once it has ended."""
+    try:
+        state, *values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    start_ticks = values[18]
+    return "" if state == "Z" else f"{start_ticks} {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
 def running(name: str) -> int | None:
     """The process id of a part while it runs."""
     try:
-        pid = int((DIR / "run" / f"{name}.pid").read_text())
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        pid, born = (DIR / "run" / f"{name}.pid").read_text().split(maxsplit=1)
     except (OSError, ValueError):
         return None
-    return None if state == "Z" else pid
+    return int(pid) if born == _born(int(pid)) else None
 
 
 def _stop(name: str) -> None:
