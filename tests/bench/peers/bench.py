@@ -3,12 +3,15 @@
     python -m tests.bench.peers.bench [--seconds 4] [--rounds 3] [--minutes 24] [--in-flight 1 8 64] [--peers ...]
 
 In each round every server runs alone, started for it, in an order that turns. Vigil logs each frame durably; the
-others keep nothing. "vigil" runs the same f32 graph in ONNX Runtime as the peers do; "vigil-auto" what `engine: auto`
-takes of the variants that `vigil model optimise` makes. Each peer lives in an environment that uv makes for its script;
-one that can't be had, or does not come up in time, is named in the table with the reason. In the first round each is
-killed under load: Vigil's worker and ingest, which are started again as Kubernetes would, and all processes of a peer.
-What was asked and got an error or no answer is lost; only Vigil's client asks again. A model's round that would not
-end within the minutes is not begun, and what has been measured so far is written after each server.
+others keep nothing. "vigil" is the way to the verdict, with the same f32 graph in ONNX Runtime as the peers have: the
+storage service, for which nobody waits who waits for a verdict, is started after each load and takes the frames from
+the log. In "vigil-stored" it works beside the load, so that its CPU is part of the figures. "vigil-auto" is "vigil"
+with what `engine: auto` takes of the variants that `vigil model optimise` makes. Each peer lives in an environment that
+uv makes for its script; one that can't be had, or does not come up in time, is named in the table with the reason. In
+the first round each is killed under load: Vigil's worker and ingest, which are started again as Kubernetes would, and
+all processes of a peer. What was asked and got an error or no answer is lost; only Vigil's client asks again. A model's
+round that would not end within the minutes is not begun, and what has been measured so far is written after each
+server.
 VIGIL_BENCH_EXPORT names folders with Anomalib exports, parted by ":"; the built-in trainer's model is always measured.
 """
 
@@ -294,10 +297,18 @@ def turning(images: list[bytes]) -> Iterator[bytes]:
 
 
 class Vigil:
-    """The whole platform, every frame through its queue and into the store."""
+    """The platform, every frame through its queue and into the store: after each load, or while it goes on.
 
-    def __init__(self, bundle: bytes, folder: Path, engine: str) -> None:
+    Args:
+        bundle: The model's.
+        folder: For its parts.
+        engine: The worker's.
+        stored: Whether storage works beside the load.
+    """
+
+    def __init__(self, bundle: bytes, folder: Path, *, engine: str, stored: bool) -> None:
         self.version = "this tree"
+        self.stored = stored
         self._bundle = bundle
         self._engine = engine
         self._stack = LocalStack(folder, log_level="WARNING")
@@ -330,9 +341,16 @@ class Vigil:
         names = ("valkey", "reductstore", "storage", "ingest", self._worker)
         return [pid for name in names if (pid := self._stack.pid(name)) is not None]
 
+    async def begin(self) -> None:
+        """Before a load whose way to the verdict alone is measured."""
+        if not self.stored:
+            await self._stack.stop("storage")
+
     async def settle(self) -> None:
         """Until everything is in the store."""
         assert self._streams is not None
+        if self._stack.pid("storage") is None:
+            await self._stack.start("storage")
         await drained(self._stack, self._streams)
 
     async def crash(self) -> None:
@@ -365,22 +383,29 @@ async def measure(target: Any, images: list[bytes], options: argparse.Namespace,
     """Each number in flight, then a crash under load."""
     found: dict[str, Any] = {"version": target.version}
     await target.load(images, 4, 1.0)
+    vigil = target if isinstance(target, Vigil) else None
     for in_flight in options.in_flight:
+        if vigil:
+            await vigil.settle()
+            await vigil.begin()
         pids = target.pids()
         before, own, began = cpu_s(pids), time.process_time(), time.monotonic()
         load = await target.load(images, in_flight, options.seconds)
         own = time.process_time() - own
-        if isinstance(target, Vigil):
-            await target.settle()  # its cost is part of what was asked
+        if vigil and vigil.stored:
+            await vigil.settle()  # its cost is part of what was asked
+        used, memory = cpu_s(pids) - before, memory_mb(pids)
+        if vigil:
+            await vigil.settle()
         done = max(1, len(load.latencies_ms))
         p50, p99 = np.percentile(load.latencies_ms or [float("nan")], [50, 99])
         found[str(in_flight)] = {
             "per_s": len(load.latencies_ms) / load.took_s,
             "p50_ms": float(p50),
             "p99_ms": float(p99),
-            "cpu_ms": (cpu_s(pids) - before) / done * 1000,
+            "cpu_ms": used / done * 1000,
             "client_cpu_ms": own / done * 1000,
-            "memory_mb": memory_mb(target.pids()),
+            "memory_mb": memory,
             "frames": len(load.latencies_ms),
             "errors": load.lost,
             "until_all_stored_s": time.monotonic() - began,
@@ -437,7 +462,8 @@ class Comparison:
         self._options = options
         self._rounds: dict[str, list[dict[str, Any]]] = {}
         self.round_s = 0.0
-        self._bundles = {"vigil": pack(bundle.manifest, bundle.files), **({"vigil-auto": faster} if faster else {})}
+        plain = pack(bundle.manifest, bundle.files)
+        self._bundles = {"vigil": plain, "vigil-stored": plain, **({"vigil-auto": faster} if faster else {})}
         self._names = [*self._bundles, *pythons]
         bundle.extract(folder)
         manifest = bundle.manifest
@@ -465,14 +491,15 @@ class Comparison:
         target: Any
         if one in self._bundles:
             engine = "auto" if one == "vigil-auto" else "onnxruntime"
-            target = Vigil(self._bundles[one], self._folder / f"{one}-{number}", engine)
+            folder = self._folder / f"{one}-{number}"
+            target = Vigil(self._bundles[one], folder, engine=engine, stored=one == "vigil-stored")
         else:
             target = Peer(one, self._pythons[one], self._env, self._options.out / f"{one}.log")
         began = time.monotonic()
         try:
             async with target:
                 up_s = time.monotonic() - began
-                crash = number == 0 and one != "vigil-auto"  # where it differs from "vigil" it is only by its graph
+                crash = number == 0 and one in ("vigil-stored", *self._pythons)  # of Vigil's the one with every part
                 found = await measure(target, load_cells().test_images, self._options, crash=crash)
         except (LeftOut, StackError, TimeoutError) as error:
             # One that was measured before keeps what it has.
