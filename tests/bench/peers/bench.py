@@ -2,16 +2,15 @@
 
     python -m tests.bench.peers.bench [--seconds 4] [--rounds 3] [--minutes 24] [--in-flight 1 8 64] [--peers ...]
 
-In each round every server runs alone, started for it, in an order that turns. Vigil logs each frame durably; the
-others keep nothing. "vigil" is the way to the verdict, with the same f32 graph in ONNX Runtime as the peers have: the
-storage service, for which nobody waits who waits for a verdict, is started after each load and takes the frames from
-the log. In "vigil-stored" it works beside the load, so that its CPU is part of the figures. "vigil-auto" is "vigil"
-with what `engine: auto` takes of the variants that `vigil model optimise` makes. Each peer lives in an environment that
-uv makes for its script; one that can't be had, or does not come up in time, is named in the table with the reason. In
-the first round each is killed under load: Vigil's worker and ingest, which are started again as Kubernetes would, and
-all processes of a peer. What was asked and got an error or no answer is lost; only Vigil's client asks again. A model's
-round that would not end within the minutes is not begun, and what has been measured so far is written after each
-server.
+In each round every server runs alone, started for it, in an order that turns. Vigil logs each frame durably; the others
+keep nothing. "vigil" is the way to the verdict, with the same f32 graph in ONNX Runtime as the peers have: the storage
+service, which no verdict waits for, is started after each load and takes the frames from the log. In "vigil-stored" it
+works beside the load, so that its CPU is part of the figures. "vigil-auto" is "vigil" with what `engine: auto` takes of
+the variants that `vigil model optimise` makes. Each peer lives in an environment that uv makes for its script; one that
+can't be had, or does not come up in time, is named in the table with the reason. In the first round each is killed
+under load: Vigil's worker and ingest, which are started again as Kubernetes would, and all processes of a peer. What
+was asked and got an error or no answer is lost; only Vigil's client asks again. A model's round that would not end
+within the minutes is not begun, and what has been measured so far is written after each server.
 VIGIL_BENCH_EXPORT names folders with Anomalib exports, parted by ":"; the built-in trainer's model is always measured.
 """
 
@@ -384,9 +383,10 @@ async def measure(target: Any, images: list[bytes], options: argparse.Namespace,
     found: dict[str, Any] = {"version": target.version}
     await target.load(images, 4, 1.0)
     vigil = target if isinstance(target, Vigil) else None
+    if vigil:
+        await vigil.settle()
     for in_flight in options.in_flight:
         if vigil:
-            await vigil.settle()
             await vigil.begin()
         pids = target.pids()
         before, own, began = cpu_s(pids), time.process_time(), time.monotonic()
