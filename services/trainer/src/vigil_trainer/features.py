@@ -22,6 +22,7 @@ INPUT = "input"
 OPSET, IR_VERSION = 18, 9
 SCALES = 3
 ORIENTATIONS = 6
+LANES = 16
 LINE_WIDTH, LINE_LENGTH, KERNEL = 1.2, 3.5, 11
 _EPSILON = 1e-3
 _DARKEST = 0.05
@@ -58,6 +59,12 @@ class Graph:
         """Add a pooling over squares side by side."""
         return self.add(kind, value, kernel_shape=[size, size], strides=[size, size])
 
+    def split(self, value: str, sizes: list[int]) -> list[str]:
+        """Add parts of the channels."""
+        names = [f"node_{len(self._nodes)}_{part}" for part in range(len(sizes))]
+        self._nodes.append(helper.make_node("Split", [value, self.constant(np.array(sizes))], names, axis=1))
+        return names
+
     def largest(self, value: str, count: int) -> str:
         """Add the largest values along the last axis."""
         name = f"node_{len(self._nodes)}"
@@ -91,26 +98,27 @@ def add_features(graph: Graph) -> str:
     brightness = graph.add("Add", graph.reduce("ReduceMean", grey, 2, 3), graph.scalar(_EPSILON))
     level = graph.add("Div", grey, brightness)
     cell = SIZE // GRID
-    dark = graph.add("Add", graph.pool("AveragePool", level, cell), graph.scalar(_DARKEST))
+    shade = graph.add("Add", graph.pool("AveragePool", level, cell), graph.scalar(_DARKEST))
     tint = graph.add("Div", graph.add("Sub", image, grey), brightness)
-    features = [graph.add("Log", dark), graph.pool("AveragePool", tint, cell)]
-    kernels = graph.constant(line_kernels())
+    features = [graph.add("Log", shade), graph.pool("AveragePool", tint, cell)]
+    # Dark lines, bright lines, and nothing up to the channels that runtimes compute at once: so many cost what one does,
+    # and pooling stays in their own layout.
+    dark = line_kernels()
+    parts = [ORIENTATIONS, ORIENTATIONS, -2 * ORIENTATIONS % LANES]
+    kernels = graph.constant(np.concatenate([dark, -dark, np.zeros((parts[-1], *dark.shape[1:]), dtype=np.float32)]))
     for scale in range(SCALES):
         if scale:
             level = graph.pool("AveragePool", level, 2)
             cell //= 2
         border = KERNEL // 2
         pads = graph.constant(np.array([0, 0, border, border, 0, 0, border, border]))
-        lines = graph.add("Conv", graph.add("Pad", level, pads, mode="reflect"), kernels, kernel_shape=[KERNEL, KERNEL])
-        strength = graph.reduce("ReduceL1", lines, 1)
+        lines = graph.add("Relu", graph.add("Conv", graph.add("Pad", level, pads, mode="reflect"), kernels))
+        strength = graph.reduce("ReduceSum", graph.pool("AveragePool", lines, cell), 1)
         # A noisy picture answers every filter: what counts is how far a line stands out of its own picture.
         usual = graph.add("Add", graph.reduce("ReduceMean", strength, 2, 3), graph.scalar(_EPSILON))
-        brightest = graph.add("Neg", graph.reduce("ReduceMin", lines, 1))
-        features += [
-            graph.add("Div", graph.add("Relu", graph.pool("MaxPool", lines, cell)), usual),
-            graph.add("Div", graph.pool("MaxPool", brightest, cell), usual),
-            graph.add("Div", graph.pool("AveragePool", strength, cell), usual),
-        ]
+        darkest, bright, _ = graph.split(graph.pool("MaxPool", lines, cell), parts)
+        brightest = graph.reduce("ReduceMax", bright, 1)
+        features += [graph.add("Div", value, usual) for value in (darkest, brightest, strength)]
     return graph.add("Concat", *features, axis=1)
 
 

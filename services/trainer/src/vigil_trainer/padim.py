@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
-from vigil_trainer.features import GRID, Graph, add_features
+from vigil_trainer.features import GRID, SIZE, Graph, add_features
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOP = 20
-MAP_SIZE = 256
 SCORE, LABEL, MAP, MASK = "pred_score", "pred_label", "anomaly_map", "pred_mask"
 # The ridge is 1 % of the mean variance at 350 images, and more where fewer images say less about the covariances.
 _RIDGE_IMAGES = 3.5
@@ -83,9 +82,9 @@ def write_graph(gaussians: Gaussians, scale: Scale) -> bytes:
     top = graph.largest(distances, TOP)
     _add_scaled(graph, graph.reduce("ReduceMean", top, 1, keepdims=0), scale, SCORE, LABEL)
     grid = graph.add("Reshape", distances, graph.constant(np.array([0, 1, GRID, GRID])))
-    sizes = graph.constant(np.array([MAP_SIZE, MAP_SIZE]))
+    sizes = graph.constant(np.array([SIZE, SIZE]))
     _add_scaled(graph, graph.add("Resize", grid, "", "", sizes, mode="linear", axes=[2, 3]), scale, MAP, MASK)
-    picture: list[str | int] = ["batch", 1, MAP_SIZE, MAP_SIZE]
+    picture: list[str | int] = ["batch", 1, SIZE, SIZE]
     return graph.serialize(
         {
             SCORE: (TensorProto.FLOAT, ["batch"]),
