@@ -57,6 +57,23 @@ class FakePipeline:
             self.running -= 1
 
 
+class SteppedPipeline(FakePipeline):
+    """Judges a frame for each ticket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tickets = asyncio.Semaphore(0)
+
+    async def judge(self, image: bytes, *, pictures: bool) -> Judged:
+        await self.tickets.acquire()
+        return await super().judge(image, pictures=pictures)
+
+    async def step(self) -> None:
+        """Judge one, and let its verdict go where it would."""
+        self.tickets.release()
+        await asyncio.sleep(0.02)
+
+
 class WatchedSource:
     """A source that remembers what was emitted together, and can be away or broken."""
 
@@ -91,9 +108,11 @@ class WatchedSource:
 class Bench:
     """A worker with everything around it."""
 
-    def __init__(self, *, prefetch: int = 4, claim_idle_ms: int = 60_000) -> None:
+    def __init__(
+        self, *, prefetch: int = 4, claim_idle_ms: int = 60_000, pipeline: FakePipeline | None = None
+    ) -> None:
         self.streams = MemoryStreams()
-        self.pipeline = FakePipeline()
+        self.pipeline = pipeline or FakePipeline()
         self.source = WatchedSource(self.streams.source(M, "me"))
         self.stop = asyncio.Event()
         self.shadow = WatchedSource(self.streams.candidate(M, "me", VERSION.digest))
@@ -358,6 +377,22 @@ async def test_what_is_ready_together_is_emitted_together() -> None:
         bench.pipeline.let.set()
         await bench.until(lambda: len(bench.source.emitted) == 4)
     assert bench.source.groups == [4]
+
+
+async def test_verdicts_wait_for_company_only_while_there_is_much_to_do() -> None:
+    pipeline = SteppedPipeline()
+    bench = Bench(prefetch=8, pipeline=pipeline)
+    for number in range(6):
+        await bench.admit(f"f{number}")
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: len(bench.worker._in_hand) == 6)
+        after = []
+        for _ in range(6):
+            await pipeline.step()
+            after.append(len(bench.source.emitted))
+        # In twos, a quarter of a full hand; the last, with less than that in hand, at once.
+        assert after == [0, 2, 2, 4, 5, 6]
 
 
 async def test_a_bad_image_is_dead_with_its_reason_and_the_stream_goes_on() -> None:

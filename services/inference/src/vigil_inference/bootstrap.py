@@ -37,6 +37,8 @@ ACCESS = {
         "Describe": frozenset({Role.STREAM, Role.PUBLISH, Role.SERVE}),
     }
 }
+# What a worker may have in hand: so much work, for what it holds no other can take, and so many frames.
+HAND_S, HAND_AT_MOST = 0.03, 16
 DRAIN_S = 20.0
 RETRY_S = 1.0
 
@@ -121,7 +123,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             pipeline,
             version=version,
             default_threshold=model.manifest.threshold,
-            prefetch=2 * batch_size + 2,
+            prefetch=max(2 * batch_size + 2, min(HAND_AT_MOST, int(HAND_S / model.proven.run_s))),
             claim_idle_ms=settings.claim_idle_ms,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(

@@ -52,6 +52,9 @@ CANDIDATE_BLOCK_MS = 50
 GATHER_S = 0.05
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
+# Of what a worker can have in hand, this part is emitted together: with much to do, a call for each verdict alone would
+# cost Redis, ingest and the client a good part of what they do for it.
+TOGETHER = 4
 # Verdicts that wait for Redis; past this, no more frames are taken.
 OUTBOX_AT_MOST = 128
 CLAIM_AT_MOST = 16
@@ -99,6 +102,7 @@ class Worker:
         self._claim_idle_ms = claim_idle_ms
         self._frame_s = 0.0  # the slowest of late
         self._prefetch = prefetch
+        self._together = prefetch // TOGETHER
         self._room = asyncio.Semaphore(prefetch)
         self._route: Route | None = None
         self._role = Role.IDLE
@@ -272,12 +276,19 @@ class Worker:
             log.exception("run_failed", frame_id=header.frame_id, detail=str(error))
             FRAMES.labels("run_failed").inc()
             emission = None
+        del self._in_hand[role, frame.entry_id]
+        self._room.release()
         if emission:
             self._outbox.append((role, emission))
             self._emptied.clear()
+        self._let_out()
+
+    def _let_out(self) -> None:
+        """Let what is ready be emitted, unless it soon has company."""
+        if self._outbox and (len(self._outbox) >= self._together or len(self._in_hand) < self._together):
             self._outgoing.set()
-        del self._in_hand[role, frame.entry_id]
-        self._room.release()
+        else:
+            self._outgoing.clear()
 
     def _compared(self, frame_id: str) -> bool:
         """Whether shadow will look at both versions' verdicts of this frame."""
@@ -380,8 +391,8 @@ class Worker:
         batch = [emission for _, emission in takewhile(lambda one: one[0] is role, self._outbox[:EMIT_AT_MOST])]
         won = await self._sources[role].emit(batch)
         del self._outbox[: len(batch)]
+        self._let_out()
         if not self._outbox:
-            self._outgoing.clear()
             self._emptied.set()
         if not all(won):
             log.info("others_were_first", frames=won.count(False))

@@ -101,8 +101,8 @@ def add_features(graph: Graph) -> str:
     shade = graph.add("Add", graph.pool("AveragePool", level, cell), graph.scalar(_DARKEST))
     tint = graph.add("Div", graph.add("Sub", image, grey), brightness)
     features = [graph.add("Log", shade), graph.pool("AveragePool", tint, cell)]
-    # Dark lines, bright lines, and nothing up to the channels that runtimes compute at once: so many cost what one does,
-    # and pooling stays in their own layout.
+    # Dark lines, bright lines, and nothing up to the channels that runtimes compute at once: all that costs what one
+    # filter does, and pooling stays in their own layout.
     dark = line_kernels()
     parts = [ORIENTATIONS, ORIENTATIONS, -2 * ORIENTATIONS % LANES]
     kernels = graph.constant(np.concatenate([dark, -dark, np.zeros((parts[-1], *dark.shape[1:]), dtype=np.float32)]))
