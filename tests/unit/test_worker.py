@@ -108,9 +108,7 @@ class WatchedSource:
 class Bench:
     """A worker with everything around it."""
 
-    def __init__(
-        self, *, prefetch: int = 4, claim_idle_ms: int = 60_000, pipeline: FakePipeline | None = None
-    ) -> None:
+    def __init__(self, *, prefetch: int = 4, claim_idle_ms: int = 60_000, pipeline: FakePipeline | None = None) -> None:
         self.streams = MemoryStreams()
         self.pipeline = pipeline or FakePipeline()
         self.source = WatchedSource(self.streams.source(M, "me"))
