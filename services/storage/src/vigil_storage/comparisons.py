@@ -171,6 +171,8 @@ class ComparisonLabeller:
             for one in due
             if one.comparison.frame_id in found
         ]
+        # Neighbours together: the store writes a block anew for each call that changes it.
+        changes.sort(key=lambda pair: (pair[1].entry, pair[1].timestamp_us))
         for start in range(0, len(changes), STEP):
             step = changes[start : start + STEP]
             began = time.monotonic()
