@@ -27,7 +27,8 @@ import numpy as np
 from vigil_cli.local.stack import LocalStack
 from vigil_client import StorageClient, VigilClient
 from vigil_common.streams.ports import Candidate, Live
-from vigil_common.streams.redis import RedisStreams, prefix
+from vigil_common.streams.redis import RedisStreams
+from vigil_common.streams.redis_connection import prefix
 from vigil_shadow.domain import Compared
 from vigil_shadow.pairing import Pairing
 from vigil_trainer import train

@@ -11,7 +11,8 @@ from redis.exceptions import ReadOnlyError, ResponseError
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
-from vigil_common.streams.redis import RedisStreams, away
+from vigil_common.streams.redis import RedisStreams
+from vigil_common.streams.redis_connection import away
 
 from tests.support.valkey import ValkeyProcess
 

@@ -22,7 +22,7 @@ from vigil_common.store import labels as gate
 from vigil_common.store.ports import StoredRecord
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import QueuedFrame, QueuedOutcome
-from vigil_common.streams.redis import route_of
+from vigil_common.streams.redis_routing import route_of
 from vigil_common.trace import HEADER
 from vigil_ingest.app import Ingest, Limits
 from vigil_ingest.open_inference import OpenInferenceServicer

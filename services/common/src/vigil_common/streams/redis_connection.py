@@ -1,0 +1,260 @@
+"""Commands and scripts on one Redis or a cluster, and what all that stands there has in common."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Self
+
+import redis.asyncio as aredis
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import (
+    ClusterDownError,
+    NoScriptError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from vigil_common.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# Groups of readers.
+LIVE = "live"
+SHADOW = "shadow"
+STORAGE = "storage"
+# Storage has one owner at a time, so its consumer has one name and finds its own pending entries again.
+OWNER = "owner"
+# What a server says that can't serve now: in a failover, while its disk is full, without its replicas.
+AWAY = ("READONLY", "UNBLOCKED", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script and its digest."""
+
+    source: str
+    sha: str
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Read it from the package."""
+        source = (files("vigil_common.streams") / "scripts" / f"{name}.lua").read_text()
+        return cls(source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+OWN = Script.load("own")
+
+
+def away(error: BaseException) -> bool:
+    """Whether Redis is away, rather than the command wrong."""
+    if isinstance(error, ResponseError):
+        # redis-py cuts the code off those that it has a class for.
+        return isinstance(error, ReadOnlyError | ClusterDownError | TryAgainError) or str(error).startswith(AWAY)
+    if isinstance(error, RuntimeError):
+        # uvloop's word for a connection that was reset between two writes; redis-py lets it through.
+        return "handler is closed" in str(error)
+    return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """The same for the caller."""
+    return Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({error}); try again", retry_after_s=1.0)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn lost connections, and servers that can't serve now, into `Unavailable`."""
+    try:
+        yield
+    except (RedisError, OSError, RuntimeError) as error:
+        if not away(error):
+            raise
+        raise unavailable(error) from error
+
+
+def prefix(model: str) -> str:
+    """Start of every key of a model."""
+    return f"vigil:{{{model}}}:"
+
+
+class Connection:
+    """Commands and scripts on one node or a cluster; concurrent script calls travel together."""
+
+    def __init__(self, client: aredis.Redis | RedisCluster) -> None:
+        self.client: Any = client
+        self.clustered = isinstance(client, RedisCluster)
+        self._waiting: list[tuple[Script, list[str], list[Any], asyncio.Future[Any]]] = []
+        self._flusher: asyncio.Task[None] | None = None
+        # Connections that nobody uses at the moment; on one node.
+        self._idle: list[Any] = []
+
+    async def command(self, *arguments: Any) -> Any:
+        """One command."""
+        with translated():
+            return await self._execute(*arguments)
+
+    async def _execute(self, *arguments: Any) -> Any:
+        if self.clustered:
+            return await self.client.execute_command(*arguments)
+        (answer,) = await self._converse([arguments])
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
+
+    async def _converse(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Commands in one round trip, on a connection that nobody else uses; what the server refuses is an answer.
+
+        redis-py's own way to a connection (pool, locks, its observers) costs as much again as all that is done here.
+        """
+        line = self._idle.pop() if self._idle else self.client.connection_pool.make_connection()
+        answers: list[Any] = []
+        try:
+            if line.is_connected and line._reader.at_eof():  # noqa: SLF001 - the server has gone; its own look costs a read
+                await line.disconnect(nowait=True)
+            if not line.is_connected:
+                await line.connect()
+            await line.send_packed_command(line.pack_commands(commands), check_health=False)
+            for _ in commands:
+                try:
+                    answers.append(await line.read_response())
+                except ResponseError as error:
+                    answers.append(error)
+        except BaseException as error:
+            # An answer that still comes would be taken for that of the next command.
+            await line.disconnect(nowait=True)
+            anonymous = isinstance(line, aredis.SSLConnection) and not line.certfile
+            if anonymous and isinstance(error, RedisConnectionError | OSError):
+                # The server's own word for it is often overtaken by the end of the connection.
+                raise RedisConnectionError(f"{error}; if it wants a client certificate, there is none") from error
+            raise
+        self._idle.append(line)
+        return answers
+
+    async def commands(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Several commands in one round trip; errors come back as values, but that it is away is raised."""
+        if self.clustered:
+            calls = (self.client.execute_command(*command) for command in commands)
+            results: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
+        else:
+            results = await self._converse(commands)
+        for result in results:
+            if isinstance(result, BaseException) and away(result):
+                raise unavailable(result)
+        return results
+
+    async def script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
+        """Run a script; loads it where the server does not know it."""
+        with translated():
+            try:
+                return await self._execute("EVALSHA", script.sha, len(keys), *keys, *arguments)
+            except NoScriptError:
+                return await self._execute("EVAL", script.source, len(keys), *keys, *arguments)
+
+    async def batched_script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
+        """As `script`, but calls made while one is under way share the next round trip (and its fsync)."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((script, keys, arguments, future))
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush())
+        return await future
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            batch, self._waiting = self._waiting[:64], self._waiting[64:]
+            try:
+                with translated():
+                    results = await self.commands([("EVALSHA", s.sha, len(k), *k, *a) for s, k, a, _ in batch])
+            except Unavailable as error:
+                results = [error] * len(batch)
+            for (script, keys, arguments, future), result in zip(batch, results, strict=True):
+                final = result
+                if isinstance(result, NoScriptError):
+                    try:
+                        final = await self.script(script, keys, arguments)
+                    except (Unavailable, RedisError) as error:
+                        final = error
+                if future.done():
+                    continue
+                if isinstance(final, BaseException) and away(final):
+                    final = unavailable(final)
+                if isinstance(final, BaseException):
+                    future.set_exception(final)
+                else:
+                    future.set_result(final)
+
+    async def ensure_groups(self, model: str) -> None:
+        """Create the groups that nothing goes on without, from the very beginning of their streams."""
+        for stream, group in (("frames", LIVE), ("verdicts", STORAGE), ("comparisons", STORAGE)):
+            try:
+                await self.command("XGROUP", "CREATE", f"{prefix(model)}{stream}", group, "0", "MKSTREAM")
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    async def read_group(
+        self, model: str, stream: str, group: str, consumer: str, *, after: str, count: int, block_ms: int
+    ) -> list[tuple[bytes, list[bytes]]]:
+        """XREADGROUP that makes missing groups anew."""
+        blocking = ("BLOCK", block_ms) if after == ">" and block_ms > 0 else ()
+        key = f"{prefix(model)}{stream}"
+        try:
+            reply = await self.command(
+                "XREADGROUP", "GROUP", group, consumer, "COUNT", count, *blocking, "STREAMS", key, after
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self.ensure_groups(model)
+            return []
+        return entries_of(reply)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        while self._idle:
+            await self._idle.pop().disconnect()
+        await self.client.aclose()
+
+
+def entries_of(reply: Any) -> list[tuple[bytes, Any]]:
+    """The one stream's entries in a reply that may be None, a list or a dict (RESP3)."""
+    if not reply:
+        return []
+    streams = list(reply.items()) if isinstance(reply, dict) else reply
+    entries = streams[0][1]
+    if (
+        isinstance(reply, dict)
+        and entries
+        and isinstance(entries[0], list)
+        and entries[0]
+        and not _is_entry(entries[0])
+    ):
+        entries = entries[0]
+    return [(entry[0], entry[1]) for entry in entries]
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value[0], bytes)
+
+
+def fields_of(flat: Any) -> dict[bytes, bytes]:
+    """Fields of an entry: flat list, list of pairs, or already a dict."""
+    if isinstance(flat, dict):
+        return flat
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def raise_errors(results: list[Any]) -> list[Any]:
+    """The results of several commands, where none of them is an error."""
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -1,0 +1,271 @@
+"""Frames on Redis: into the queue, to the workers, and with their outcomes to storage."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import OutOfMemoryError, ResponseError
+
+from vigil_common.logging import get_logger
+from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
+from vigil_common.streams.redis_connection import (
+    LIVE,
+    OWN,
+    OWNER,
+    SHADOW,
+    STORAGE,
+    Connection,
+    Script,
+    entries_of,
+    fields_of,
+    prefix,
+    raise_errors,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# An entry costs this much more than its image (header, offsets, listpack), by measurement.
+ENTRY_OVERHEAD_BYTES = 512
+# Shadow verdicts that wait for the shadow service; what falls off is counted as lost.
+SHADOW_VERDICTS_AT_MOST = 16_384
+# Frames that the queue may hold for a candidate that is behind live.
+SHADOW_FRAMES_AT_MOST = 1_000
+ADMIT, EMIT, EMIT_CANDIDATE, TRIM = (Script.load(name) for name in ("admit", "emit", "emit_candidate", "trim"))
+
+log = get_logger()
+
+
+class RedisFrameQueue:
+    """Ingest's side."""
+
+    def __init__(self, connection: Connection, *, budget_bytes: int, inflight_ttl_s: int = 86_400) -> None:
+        self._connection = connection
+        self._budget_bytes = budget_bytes
+        self._inflight_ttl_s = inflight_ttl_s
+        self._ensured: set[str] = set()
+
+    async def admit(
+        self, model: str, *, frame_id: str, sha256: bytes, header: bytes, image: bytes, reply_to: str
+    ) -> Admitted:
+        """Put a frame into the queue once."""
+        if model not in self._ensured:
+            await self._connection.ensure_groups(model)
+            self._ensured.add(model)
+        start = prefix(model)
+        try:
+            reply = await self._connection.batched_script(
+                ADMIT,
+                [f"{start}frames", f"{start}budget", f"{start}frame:{frame_id}"],
+                [
+                    sha256,
+                    header,
+                    image,
+                    reply_to,
+                    len(header) + len(image) + ENTRY_OVERHEAD_BYTES,
+                    self._budget_bytes,
+                    self._inflight_ttl_s,
+                ],
+            )
+        except OutOfMemoryError:
+            return Admitted(Admission.FULL)
+        except ResponseError as error:
+            if "used memory" in str(error):
+                return Admitted(Admission.FULL)
+            raise
+        return Admitted(Admission(reply[0].decode()), reply[1] if len(reply) > 1 else None)
+
+    async def read_replies(self, model: str, reply_to: str, after: str, *, block_ms: int) -> tuple[str, list[bytes]]:
+        """Outcomes after this place."""
+        key = f"{prefix(model)}replies:{reply_to}"
+        reply = await self._connection.command("XREAD", "COUNT", 64, "BLOCK", block_ms, "STREAMS", key, after)
+        entries = entries_of(reply)
+        if not entries:
+            return after, []
+        return entries[-1][0].decode(), [fields_of(fields)[b"o"] for _, fields in entries]
+
+    async def depth(self, model: str) -> Depth:
+        """How full it is."""
+        start = prefix(model)
+        with translated():
+            length, budget, unstored, dead, groups = await self._connection.commands(
+                [
+                    ("XLEN", f"{start}frames"),
+                    ("HMGET", f"{start}budget", "total", "head"),
+                    ("ZCARD", f"{start}unstored"),
+                    ("XLEN", f"{start}dead"),
+                    ("XINFO", "GROUPS", f"{start}frames"),
+                ]
+            )
+        unjudged = length
+        for group in groups if isinstance(groups, list) else []:
+            info = fields_of(group)
+            if info[b"name"] == LIVE.encode():
+                lag = info.get(b"lag")
+                unjudged = int(info[b"pending"]) + (length if lag is None else int(lag))
+        total, head = (int(float(value or 0)) for value in budget)
+        return Depth(frames=length, image_bytes=total - head, unjudged=unjudged, unstored=unstored, dead=dead)
+
+    async def close(self) -> None:
+        """Release connections."""
+        await self._connection.close()
+
+
+class RedisFrameSource:
+    """A worker's side of one model."""
+
+    group = LIVE
+
+    def __init__(self, connection: Connection, model: str, consumer: str, dedup_window_s: int) -> None:
+        self._connection = connection
+        self._model = model
+        self._key = f"{prefix(model)}frames"
+        self._consumer = consumer
+        self._dedup_window_s = dedup_window_s
+        self._cursor = "0-0"
+
+    async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
+        """New frames for this consumer."""
+        entries = await self._connection.read_group(
+            self._model, "frames", self.group, self._consumer, after=">", count=count, block_ms=block_ms
+        )
+        return [_frame(entry_id, fields) for entry_id, fields in entries]
+
+    async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
+        """Frames that another consumer left; goes on where the last call ended."""
+        try:
+            cursor, entries, *lost = await self._connection.command(
+                "XAUTOCLAIM", self._key, self.group, self._consumer, min_idle_ms, self._cursor, "COUNT", count
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            await self._connection.ensure_groups(self._model)
+            return []
+        self._cursor = cursor.decode()
+        if lost and lost[0]:
+            log.error("frames_lost", model=self._model, entries=[entry.decode() for entry in lost[0]])
+        if not entries:
+            return []
+        with translated():
+            pending = await self._connection.commands(
+                [("XPENDING", self._key, self.group, entry_id, entry_id, 1) for entry_id, _ in entries]
+            )
+        return [
+            _frame(entry_id, fields, deliveries=int(found[0][3]))
+            for (entry_id, fields), found in zip(entries, pending, strict=True)
+            if isinstance(found, list) and found
+        ]
+
+    async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
+        """Outcome, reply and acknowledgement in one step."""
+        start = prefix(self._model)
+        arguments: list[Any] = [start, self._dedup_window_s, SHADOW_VERDICTS_AT_MOST]
+        for emission in emissions:
+            reply = b"" if emission.reply == emission.outcome else emission.reply
+            arguments += [emission.entry_id, emission.frame_id, emission.outcome, reply, emission.dead_reason]
+            arguments.append(emission.compared)
+        names = ("frames", "verdicts", "unstored", "dead", "shadow-verdicts", "shadow-sequence")
+        keys = [f"{start}{name}" for name in names]
+        return [won == 1 for won in await self._connection.script(EMIT, keys, arguments)]
+
+    async def close(self) -> None:
+        """Nothing of its own to release."""
+
+
+class RedisCandidateSource(RedisFrameSource):
+    """A candidate's side of one model: reads in shadow's group, and emits to shadow alone."""
+
+    group = SHADOW
+
+    def __init__(self, connection: Connection, model: str, consumer: str, digest: str) -> None:
+        super().__init__(connection, model, consumer, 0)
+        self._digest = digest
+
+    async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
+        """New frames for this consumer; none where the comparison has just ended."""
+        try:
+            reply = await self._connection.command(
+                *("XREADGROUP", "GROUP", SHADOW, self._consumer, "COUNT", count, "BLOCK", max(1, block_ms)),
+                *("STREAMS", self._key, ">"),
+            )
+        except ResponseError as error:
+            if "NOGROUP" not in str(error):
+                raise
+            # The route, which made the group, is about to say so; until then this must not spin.
+            await asyncio.sleep(block_ms / 1000)
+            return []
+        return [_frame(entry_id, fields) for entry_id, fields in entries_of(reply)]
+
+    async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
+        """Outcome for shadow and acknowledgement in one step."""
+        start = prefix(self._model)
+        arguments: list[Any] = [start, self._digest, SHADOW_VERDICTS_AT_MOST]
+        for emission in emissions:
+            arguments += [emission.entry_id, emission.frame_id, emission.outcome, emission.header]
+        keys = [f"{start}{name}" for name in ("frames", "shadow-verdicts", "shadow-sequence")]
+        return [won == 1 for won in await self._connection.script(EMIT_CANDIDATE, keys, arguments)]
+
+
+def _frame(entry_id: bytes, flat: Any, *, deliveries: int = 1) -> QueuedFrame:
+    fields = fields_of(flat)
+    return QueuedFrame(entry_id.decode(), fields[b"h"], fields[b"i"], deliveries)
+
+
+class RedisOutcomeSource:
+    """Storage's side of one model."""
+
+    def __init__(self, connection: Connection, model: str, consumer: str) -> None:
+        self._connection = connection
+        self._model = model
+        self._consumer = consumer
+        self._start = prefix(model)
+        self._pending_after = "0"
+
+    async def own(self, *, ttl_ms: int) -> bool:
+        """Take or renew the lease."""
+        owned = await self._connection.script(OWN, [f"{self._start}owner"], [self._consumer, ttl_ms])
+        return bool(owned == 1)
+
+    async def read(self, *, count: int, block_ms: int, pending: bool = False) -> list[QueuedOutcome]:
+        """New outcomes with their frames, or those that were taken and not finished."""
+        after = self._pending_after if pending else ">"
+        entries = await self._connection.read_group(
+            self._model, "verdicts", STORAGE, OWNER, after=after, count=count, block_ms=block_ms
+        )
+        if pending:
+            self._pending_after = entries[-1][0].decode() if entries else "0"
+        present = [(entry_id, fields_of(flat)) for entry_id, flat in entries if flat]
+        if not present:
+            return []
+        frames_key = f"{self._start}frames"
+        with translated():
+            frames = await self._connection.commands(
+                [("XRANGE", frames_key, fields[b"e"], fields[b"e"]) for _, fields in present]
+            )
+        return [
+            QueuedOutcome(entry_id.decode(), fields[b"v"], _frame(*found[0]) if found else None)
+            for (entry_id, fields), found in zip(present, raise_errors(frames), strict=True)
+        ]
+
+    async def done(self, outcomes: Sequence[QueuedOutcome]) -> None:
+        """Free their frames, then forget them: a crash between the two repeats this, which does no harm."""
+        if not outcomes:
+            return
+        entries = [outcome.frame.entry_id for outcome in outcomes if outcome.frame]
+        if entries:
+            await self._connection.command("ZREM", f"{self._start}unstored", *entries)
+        await self._connection.command(
+            "XACK", f"{self._start}verdicts", STORAGE, *(outcome.entry_id for outcome in outcomes)
+        )
+
+    async def trim(self) -> int:
+        """Drop what nobody needs any more."""
+        keys = [f"{self._start}{name}" for name in ("frames", "verdicts", "unstored", "budget", "routing")]
+        return max(0, int(await self._connection.script(TRIM, keys, [self._start, SHADOW_FRAMES_AT_MOST])))
+
+    async def close(self) -> None:
+        """Give the lease back."""
+        await self.own(ttl_ms=0)
