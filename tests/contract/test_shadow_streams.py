@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from vigil_common.streams import memory, redis
+from vigil_common.streams import memory, redis_frames
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Candidate, Disagreed, Emission, Live, ReportStep, Route, sampled
 from vigil_common.streams.redis import RedisStreams
@@ -55,7 +55,7 @@ async def store(streams: Streams) -> int:
 
 def shadow_may_hold(monkeypatch: pytest.MonkeyPatch, frames: int) -> None:
     """The queue holds no more than these for shadow's sake alone."""
-    for module in (memory, redis):
+    for module in (memory, redis_frames):
         monkeypatch.setattr(module, "SHADOW_FRAMES_AT_MOST", frames)
 
 
@@ -343,7 +343,7 @@ async def test_reports_of_different_runs_are_apart_and_a_replay_has_its_own_plac
 async def test_the_worst_disagreements_come_first_and_only_so_many_are_kept(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis):
+    for module in (memory, redis_frames):
         monkeypatch.setattr(module, "DISAGREEMENTS_AT_MOST", 3)
     found = [Disagreed(f"f{index}", severity, b"%d" % index) for index, severity in enumerate((0.1, 0.9, 0.5, 0.7))]
     assert await streams.reports.commit(M, "1", ReportStep("0-0", "1-0", 1, disagreements=found))
@@ -373,7 +373,7 @@ async def test_one_shadow_owns_a_model_at_a_time(streams: Streams) -> None:
 async def test_verdicts_that_fell_off_show_as_a_gap_in_the_numbers(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis):
+    for module in (memory, redis_frames):
         monkeypatch.setattr(module, "SHADOW_VERDICTS_AT_MOST", 4)
     await compare(streams)
     names = [f"f{index}" for index in range(10)]
