@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from vigil_common.streams import memory, redis_frames
+from vigil_common.streams import memory, redis_frames, redis_shadow
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Candidate, Disagreed, Emission, Live, ReportStep, Route, sampled
 from vigil_common.streams.redis import RedisStreams
@@ -343,7 +343,7 @@ async def test_reports_of_different_runs_are_apart_and_a_replay_has_its_own_plac
 async def test_the_worst_disagreements_come_first_and_only_so_many_are_kept(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (memory, redis_frames):
+    for module in (memory, redis_shadow):
         monkeypatch.setattr(module, "DISAGREEMENTS_AT_MOST", 3)
     found = [Disagreed(f"f{index}", severity, b"%d" % index) for index, severity in enumerate((0.1, 0.9, 0.5, 0.7))]
     assert await streams.reports.commit(M, "1", ReportStep("0-0", "1-0", 1, disagreements=found))
