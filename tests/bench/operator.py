@@ -6,7 +6,6 @@ The node and the controllers are played by this process (see tests/support/kube_
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import statistics
 import sys
@@ -19,6 +18,7 @@ from vigil_common.errors import Unavailable
 from vigil_operator.spec import GROUP, VERSION
 
 from tests.e2e.cluster.light import LightCluster
+from tests.support.cpu import cpu_s
 from tests.support.kube import Kube, kube
 from tests.support.kube_node import digest_of, report
 
@@ -85,11 +85,6 @@ async def _gates_to_live(world: Kube, trial: int) -> float:
     return time.monotonic() - started
 
 
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def _rss_mb(pid: int) -> float:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
@@ -124,14 +119,14 @@ async def _main(models: int) -> None:
             print(f"gates to live, s: {' '.join(f'{s:.3f}' for s in switched)}", flush=True)
             world.node.poll_s = 0.5
             cold_s = await _cold(world, models - TRIALS)
-            spent_s = _cpu_s(world.operator.pid)
+            spent_s = cpu_s(world.operator.pid)
             print(f"{models} models Live {cold_s:.1f} s after a cold start, {spent_s:.1f} s of a core", flush=True)
             world.node.poll_s = 5.0
             await asyncio.sleep(5.0)
             pid = world.operator.pid
-            before = _cpu_s(pid)
+            before = cpu_s(pid)
             await asyncio.sleep(STEADY_S)
-            cores = (_cpu_s(pid) - before) / STEADY_S
+            cores = (cpu_s(pid) - before) / STEADY_S
             print(
                 f"operator: apply_to_deployment_s={statistics.median(applied):.1f} "
                 f"gates_to_live_s={statistics.median(switched):.1f} models={models} cold_s={cold_s:.0f} "

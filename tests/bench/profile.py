@@ -28,8 +28,8 @@ from vigil_client import StorageClient, VigilClient
 from vigil_common.streams.redis import RedisStreams
 
 from tests.bench.bench import MODEL, closed_loop, drained, make_bundle
-from tests.bench.shadow import cpu_s
 from tests.support.cells import load_cells
+from tests.support.cpu import cpu_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -25,8 +25,8 @@ from vigil_client import VigilClient
 from vigil_common.streams.redis import RedisStreams
 
 from tests.bench.bench import MODEL, closed_loop, drained
-from tests.bench.shadow import cpu_s
 from tests.support.cells import load_cells
+from tests.support.cpu import cpu_s
 
 DIGEST = "sha256:" + "0" * 64
 WAITING = "waiting"

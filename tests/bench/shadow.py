@@ -35,6 +35,7 @@ from vigil_trainer import train
 
 from tests.bench.bench import MODEL, WINDOW, closed_loop, drained, make_bundle, open_loop
 from tests.support.cells import load_cells
+from tests.support.cpu import cpu_s
 from tests.support.shadow import CANDIDATE, LIVE, Answer, numbered
 from tests.support.valkey import ValkeyProcess
 
@@ -45,12 +46,6 @@ if TYPE_CHECKING:
 
 MODES = ("off", "on", "stopped")
 STEP = 256
-
-
-def cpu_s(pid: int | None) -> float:
-    """CPU seconds that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def pin(pids: Iterable[int | None], core: int) -> None:

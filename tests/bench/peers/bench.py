@@ -40,8 +40,9 @@ from vigil_trainer.optimise import optimise
 
 from tests.bench.bench import MODEL
 from tests.bench.peers.report import PEERS, last_line, plot, ratios, table
-from tests.bench.peers.targets import LeftOut, Peer, Vigil, cpu_s, installed, memory_mb
+from tests.bench.peers.targets import LeftOut, Peer, Vigil, installed, memory_mb
 from tests.support.cells import load_cells
+from tests.support.cpu import cpu_s_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -66,12 +67,12 @@ async def measure(
         if vigil:
             await vigil.begin()
         pids = target.pids()
-        before, own, began = cpu_s(pids), time.process_time(), time.monotonic()
+        before, own, began = cpu_s_of(pids), time.process_time(), time.monotonic()
         load = await target.load(images, in_flight, options.seconds)
         own = time.process_time() - own
         if vigil and vigil.stored:
             await vigil.settle()  # its cost is part of what was asked
-        used, memory = cpu_s(pids) - before, memory_mb(pids)
+        used, memory = cpu_s_of(pids) - before, memory_mb(pids)
         if vigil:
             await vigil.settle()
         done = max(1, len(load.latencies_ms))

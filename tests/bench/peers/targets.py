@@ -58,16 +58,6 @@ def tree(pid: int) -> list[int]:
     return below
 
 
-def cpu_s(pids: list[int]) -> float:
-    """CPU seconds used by processes that still are."""
-    total = 0.0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return total
-
-
 def memory_mb(pids: list[int]) -> float:
     """Resident memory; shared pages count in each process."""
     total = 0

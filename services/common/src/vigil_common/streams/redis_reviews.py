@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 from redis.exceptions import OutOfMemoryError
 
 from vigil_common.streams.ports import QueuedAnnotation
-from vigil_common.streams.redis_connection import (
-    Connection,
-    Script,
-    entries_of,
-    fields_of,
-    prefix,
-)
+from vigil_common.streams.redis_connection import Connection, Script, entries_of, fields_of, prefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,12 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.ports import Candidate, Live, Route, check_roles, route_changed
-from vigil_common.streams.redis_connection import (
-    Connection,
-    Script,
-    fields_of,
-    prefix,
-)
+from vigil_common.streams.redis_connection import Connection, Script, fields_of, prefix
 from vigil_common.streams.redis_shadow import REPORT_KEPT_S
 
 if TYPE_CHECKING:
