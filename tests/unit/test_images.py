@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from vigil_common import pixels
 from vigil_common.bundle import ModelInput
 from vigil_common.errors import InvalidInput
 from vigil_common.images import ImageInfo, inspect
@@ -49,6 +51,55 @@ def test_colour_comes_out_as_pillow_decodes_it(kind: str) -> None:
     data = saved(NOISE, kind)
     expected = np.asarray(Image.open(io.BytesIO(data)))
     assert np.array_equal(read(data), expected)
+
+
+def png(depth: int, colour: int, row: bytes, *more: bytes) -> bytes:
+    """A PNG of one row of four pixels, made by hand: Pillow does not write every kind that it reads."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, colour, 0, 0, 0))
+    return b"".join(
+        (b"\x89PNG\r\n\x1a\n", header, *more, chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b""))
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(NOISE.convert("L"), "PNG"),
+        saved(NOISE, "PNG", transparency=(1, 2, 3)),
+        saved(NOISE.convert("L"), "PNG", transparency=7),
+        saved(NOISE, "PNG", dpi=(72, 72), compress_level=0),
+        png(2, 0, b"\x1b"),
+        png(4, 0, b"\x0f\xf0"),
+        png(16, 2, bytes(range(24))),
+    ],
+    ids=["grey", "see-through", "see-through-grey", "stored", "two-bits", "four-bits", "deep-colour"],
+)
+def test_a_png_comes_out_as_pillow_decodes_it(data: bytes) -> None:
+    expected = Image.open(io.BytesIO(data))
+    assert expected.mode in {"L", "RGB"}
+    assert np.array_equal(read(data), np.asarray(expected))
+
+
+def test_pillow_reads_a_png_that_the_quick_decoder_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """As Rust's, which is no Exception."""
+
+    asked = []
+
+    def panics(*arguments: object) -> None:
+        asked.append(arguments)
+        raise Panic
+
+    monkeypatch.setattr(pixels, "decode_image_png_u8", panics)
+    assert np.array_equal(read(saved(NOISE, "PNG")), np.asarray(NOISE))
+    assert len(asked) == 1
+    monkeypatch.setattr(pixels, "QUICK_PIXELS", NOISE.width * NOISE.height - 1)
+    assert np.array_equal(read(saved(NOISE, "PNG")), np.asarray(NOISE))
+    assert len(asked) == 1  # a large one would hold up all other threads
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

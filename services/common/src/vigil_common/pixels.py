@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from kornia_rs.io import decode_image_png_u8
 from numpy.typing import NDArray
 from PIL import Image
 
 from vigil_common.errors import InvalidInput
-from vigil_common.images import open_header, upright
+from vigil_common.images import open_header, orientation, upright
 
 if TYPE_CHECKING:
     from vigil_common.bundle import ModelInput
@@ -23,6 +24,10 @@ RESIZE = {
     "nearest": Image.Resampling.NEAREST,
 }
 MAX_BYTES = 1 << 30
+# Decoding a PNG in Rust takes a third of Pillow's time but, other than Pillow, lets no other thread run meanwhile: only
+# where that is a few milliseconds.
+QUICK_PIXELS = 1 << 18
+QUICK_MODES = {"L": "mono", "RGB": "rgb"}
 
 
 def decode(data: bytes, *, max_pixels: int) -> Pixels:
@@ -41,6 +46,8 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
         raise InvalidInput(
             "IMAGE_FORMAT_UNSUPPORTED", "floating-point pixels have no defined brightness; send 8 or 16 bits"
         )
+    if (pixels := _quick(data, image)) is not None:
+        return pixels
     try:
         image = upright(image)
         if image.mode.startswith("I"):
@@ -53,6 +60,20 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
         raise InvalidInput(
             "IMAGE_TRUNCATED", f"the image's pixels are cut short or broken ({error}); send the whole file"
         ) from error
+
+
+def _quick(data: bytes, image: Image.Image) -> Pixels | None:
+    """The same pixels as Pillow's, of a small PNG of eight bits; None where Pillow must look, and say what is wrong."""
+    mode = QUICK_MODES.get(image.mode)
+    if mode is None or image.format != "PNG" or image.width * image.height > QUICK_PIXELS or orientation(image) != 1:
+        return None
+    try:
+        pixels: Pixels = decode_image_png_u8(data, (image.height, image.width), mode)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # noqa: BLE001 - a panic of Rust's is no Exception
+        return None
+    return pixels[..., 0] if mode == "mono" else pixels
 
 
 def _to_eight_bits(image: Image.Image) -> Pixels:
