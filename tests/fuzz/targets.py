@@ -128,6 +128,9 @@ def ingest_frame(data: bytes) -> str | None:
         app = await _ingest()
         servicer = IngestServicer(app, window=1, stopping=asyncio.Event())
         try:
+            for other in request.more[:2]:
+                response = await servicer._answer([other], "", "fuzz")
+                assert response.frame_id == other.frame.frame_id
             return await servicer._answer([request], data[:55].decode("latin-1"), "fuzz")
         finally:
             await app.close()

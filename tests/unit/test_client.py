@@ -44,6 +44,8 @@ class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
         self.refuse_streams = False
         self.hold = False
         self.most_unanswered = 0
+        self.takes = 0
+        self.carried: list[int] = []
 
     def _outcome(self, frame: ingest_pb2.Frame) -> status_pb2.Status | types_pb2.Verdict:
         self.seen.append(frame.frame_id)
@@ -84,7 +86,11 @@ class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
                 self.seen.append(request.frame.frame_id)
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "going away")
             left = None if left is None else left - 1
-            yield self._response(request.frame)
+            self.carried.append(1 + len(request.more))
+            response = self._response(request.frame)
+            response.more.extend(self._response(other.frame) for other in request.more)
+            response.takes = self.takes
+            yield response
 
     async def _answer_late(
         self, requests: AsyncIterator[ingest_pb2.StreamRequest]
@@ -156,6 +162,28 @@ async def test_every_frame_gets_one_result(server: Server) -> None:
     assert sorted(result.frame_id for result in results) == sorted(f"f-{number}" for number in range(50))
     assert all(result.verdict and result.verdict.anomalous and result.accepted for result in results)
     assert server.ingest.streams == 1
+
+
+@pytest.mark.parametrize(("takes", "most"), [(0, 1), (1, 1), (4, 4)], ids=["older server", "one", "four"])
+async def test_small_frames_travel_together_as_far_as_the_server_takes_them(
+    server: Server, takes: int, most: int
+) -> None:
+    server.ingest.takes = takes
+    server.ingest.troubles = {"f-40": [_status(code_pb2.INVALID_ARGUMENT, "BAD_IMAGE")]}
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=16) as client:
+        results = {result.frame_id: result async for result in client.stream(_frames(50))}
+    assert len(results) == 50
+    assert [name for name, result in results.items() if result.error] == ["f-40"]
+    assert max(server.ingest.carried) == most
+    assert sum(server.ingest.carried) == 50
+
+
+async def test_large_frames_travel_alone(server: Server) -> None:
+    server.ingest.takes = 4
+    large = (Frame(bytes(300_000), "m", frame_id=f"f-{number}") for number in range(12))
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        assert len([result async for result in client.stream(large)]) == 12
+    assert set(server.ingest.carried) == {1}
 
 
 async def test_full_queue_and_late_verdict_are_tried_again_after_the_servers_delay(server: Server) -> None:

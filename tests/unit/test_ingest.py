@@ -24,7 +24,7 @@ from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Emission
 from vigil_ingest.app import Ingest, Limits
 from vigil_ingest.domain import Submission, check
-from vigil_ingest.servicer import IngestServicer
+from vigil_ingest.servicer import TOGETHER, Answers, IngestServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -174,6 +174,57 @@ async def test_bad_frames_are_answered_each_and_the_stream_goes_on(served: Serve
     found = [(r.error.code, reason_of(r.error)) for r in responses.values() if r.HasField("error")]
     assert sorted(found) == sorted((code.value[0], reason) for _, code, reason in BAD)
     assert [r.frame_id for r in responses.values() if r.HasField("accepted")] == ["good"]
+
+
+async def test_frames_of_one_request_are_each_answered_as_if_alone(served: Served) -> None:
+    wait_for = ingest_pb2.WAIT_FOR_ACCEPTED
+    together = request("f0")
+    together.more.extend(
+        ingest_pb2.SubmitRequest(frame=other.frame, wait_for=wait_for)
+        for other in (request("f1"), request("f2", b"no image at all"), request("f3"))
+    )
+    together.more.extend(ingest_pb2.SubmitRequest(frame=request(f"g{index}").frame) for index in range(6))
+    worker = asyncio.create_task(served.judge(10))  # past the stream's window, and of both kinds
+    responses = [response async for response in served.stub.Stream(iter([together, request("last")]))]
+    await worker
+    assert not any(response.more for response in responses)  # not asked for
+    found = {response.frame_id: response.WhichOneof("outcome") for response in responses}
+    assert found == {
+        **dict.fromkeys(("f0", "f1", "f3", "last"), "accepted"),
+        "f2": "error",
+        **{f"g{index}": "verdict" for index in range(6)},
+    }
+    assert {response.takes for response in responses} == {TOGETHER}
+
+
+async def test_too_many_in_one_request_end_the_stream_once_all_else_is_answered(served: Served) -> None:
+    crowd = ingest_pb2.StreamRequest(more=[ingest_pb2.SubmitRequest()] * TOGETHER)
+    call = served.stub.Stream(iter([request("f1"), crowd, request("f2")]))
+    first = await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert isinstance(first, ingest_pb2.StreamResponse)
+    assert first.frame_id == "f1"
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    status = rpc_status.from_call(cast("grpc.Call", caught.value))
+    assert status is not None
+    assert reason_of(status) == "TOO_MANY_TOGETHER"
+
+
+async def test_answers_that_are_ready_travel_together_unless_they_are_large() -> None:
+    answers = Answers()
+    answers.takes = 3
+    small = [ingest_pb2.StreamResponse(frame_id=f"f{index}") for index in range(4)]
+    large = ingest_pb2.StreamResponse(
+        frame_id="g", verdict=types_pb2.Verdict(mask=types_pb2.Picture(data=bytes(99_000)))
+    )
+    for response in (*small, large, ingest_pb2.StreamResponse(frame_id="h")):
+        answers.put(response)
+    answers.end()
+    sent = []
+    while (message := await answers.next()) is not None:
+        sent.append([message.frame_id, *(other.frame_id for other in message.more)])
+    assert sent == [["f0", "f1", "f2"], ["f3", "g"], ["h"]]
 
 
 async def aenumerate(source: Any) -> AsyncIterator[tuple[int, Any]]:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _GOODBYE_S = 2.0
+# Small frames that are ready at the same time travel in one message of at most this many bytes.
+_TOGETHER_BYTES = 256 << 10
+_TAKES = 16
 
 
 def _retryable(failure: Failure) -> bool:
@@ -170,6 +173,7 @@ class _StreamSession:
         self._outbox: asyncio.Queue[str | None] = asyncio.Queue()
         self._results: asyncio.Queue[Result | None] = asyncio.Queue()
         self._source_ended = False
+        self._carries = 1
         self.finished = False
 
     async def next_result(self) -> Result | None:
@@ -223,6 +227,7 @@ class _StreamSession:
     async def _converse(self) -> tuple[Failure, bool]:
         """One connection from first to last message; returns why it ended, and whether it brought an answer."""
         call = self._client.stub.Stream(metadata=self._client.metadata)
+        self._carries = 1  # until this server says that it takes more
         writer = asyncio.create_task(self._write(call))
         heard = False
         loop = asyncio.get_running_loop()
@@ -235,7 +240,9 @@ class _StreamSession:
                         return Failure("UNAVAILABLE", "STREAM_ENDED", "the server ended the stream"), heard
                     heard = True
                     silence.reschedule(loop.time() + self._client.silence_s)
-                    self._answer(response)
+                    self._carries = response.takes
+                    for one in (response, *response.more):
+                        self._answer(one)
         except TimeoutError:
             if self._flights:
                 return Failure("UNAVAILABLE", "STREAM_SILENT", "no answer came in time"), heard
@@ -252,13 +259,33 @@ class _StreamSession:
     ) -> None:
         # A failed write shows in the reader, with the status that explains it.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while (frame_id := await self._outbox.get()) is not None:
-                flight = self._flights.get(frame_id)
-                if flight is None:
-                    continue
-                flight.attempts += 1
-                await call.write(ingest_pb2.StreamRequest(frame=flight.message(), wait_for=self._wait_for))
+            while flights := await self._ready():
+                first, *more = (flight.message() for flight in flights)
+                await call.write(
+                    ingest_pb2.StreamRequest(
+                        frame=first,
+                        wait_for=self._wait_for,
+                        more=[ingest_pb2.SubmitRequest(frame=frame, wait_for=self._wait_for) for frame in more],
+                        takes=_TAKES,
+                    )
+                )
             await call.done_writing()
+
+    async def _ready(self) -> list[_InFlight]:
+        """What goes into the next message, as soon as there is something; empty after the last."""
+        flights: list[_InFlight] = []
+        size = 0
+        while not flights or (len(flights) < self._carries and size < _TOGETHER_BYTES and not self._outbox.empty()):
+            frame_id = await self._outbox.get()
+            if frame_id is None:
+                if flights:
+                    self._outbox.put_nowait(None)
+                break
+            if (flight := self._flights.get(frame_id)) is not None:
+                flight.attempts += 1
+                flights.append(flight)
+                size += len(flight.frame.image)
+        return flights
 
     def _answer(self, response: ingest_pb2.StreamResponse) -> None:
         flight = self._flights.get(response.frame_id)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from google.rpc import code_pb2
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
-from vigil_common.errors import VigilError
+from vigil_common.errors import InvalidInput, VigilError
 from vigil_common.logging import get_logger
 from vigil_common.trace import begin, trace_id
 
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import grpc
+
+    _Asked = ingest_pb2.SubmitRequest | ingest_pb2.StreamRequest
+
+# Frames of one request at most, and responses of one message.
+TOGETHER = 16
+# Past this, what goes into one message is copied for longer than a message of its own takes.
+TOGETHER_BYTES = 64 << 10
 
 log = get_logger()
 
@@ -62,15 +69,19 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
     ) -> AsyncIterator[ingest_pb2.StreamResponse]:
         """Many frames, one response each, as they are done."""
         client = convert.client(context)
-        done: asyncio.Queue[ingest_pb2.StreamResponse | None] = asyncio.Queue()
+        answers = Answers()
         room = asyncio.Semaphore(self._window)
         with self._app.clients.call(client):
-            reader = asyncio.create_task(self._read(request_iterator, convert.traceparent(context), client, room, done))
+            reader = asyncio.create_task(
+                self._read(request_iterator, convert.traceparent(context), client, room, answers)
+            )
             try:
-                while (response := await done.get()) is not None:
+                while (response := await answers.next()) is not None:
+                    carried = 1 + len(response.more)
                     yield response
-                    # Room is made only once the answer is on its way: a slow reader holds at most its window.
-                    room.release()
+                    # Room is made only once the answers are on their way: a slow reader holds at most its window.
+                    for _ in range(carried):
+                        room.release()
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
@@ -81,10 +92,10 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
         traceparent: str,
         client: str,
         room: asyncio.Semaphore,
-        done: asyncio.Queue[ingest_pb2.StreamResponse | None],
+        answers: Answers,
     ) -> None:
-        async def one(held: list[ingest_pb2.StreamRequest]) -> None:
-            await done.put(await self._paced(await self._answer(held, traceparent, client), client))
+        async def one(held: list[_Asked]) -> None:
+            answers.put(await self._paced(await self._answer(held, traceparent, client), client))
 
         stopping = asyncio.create_task(self._stopping.wait())
         try:
@@ -97,14 +108,20 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
                         try:
                             await room.acquire()
                             async for request in requests:
-                                group.create_task(one([request]))
+                                if len(request.more) >= TOGETHER:
+                                    answers.refuse(f"a request carries at most {TOGETHER} frames")
+                                    break
+                                answers.takes = request.takes
+                                held: list[_Asked] = [request, *request.more]
                                 del request  # it may be long until the next
-                                await room.acquire()
+                                while held:
+                                    group.create_task(one([held.pop(0)]))
+                                    await room.acquire()
                         finally:
                             stopping.remove_done_callback(end_now)
         finally:
             stopping.cancel()
-            await done.put(None)
+            answers.end()
 
     async def _paced(self, response: ingest_pb2.StreamResponse, client: str) -> ingest_pb2.StreamResponse:
         """The response, at once unless the client sends one bad frame after the other."""
@@ -112,9 +129,7 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             await asyncio.sleep(self._app.clients.refusal_delay_s(client))
         return response
 
-    async def _answer(
-        self, held: list[ingest_pb2.SubmitRequest] | list[ingest_pb2.StreamRequest], traceparent: str, client: str
-    ) -> ingest_pb2.StreamResponse:
+    async def _answer(self, held: list[_Asked], traceparent: str, client: str) -> ingest_pb2.StreamResponse:
         """Whatever the frame, one response and one line in the log."""
         began = time.perf_counter()
         request = held.pop()  # so that who waits for a verdict holds no image
@@ -158,6 +173,53 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
             failed = "" if what in ("judged", "accepted") else what
             span.end({**about, "vigil.version": version, "vigil.outcome": what}, error=failed)
         return response
+
+
+class Answers:
+    """The answers of one stream, in the order they are done; those that are ready together may travel together.
+
+    Attributes:
+        takes: How many of them the client takes in one message.
+    """
+
+    def __init__(self) -> None:
+        self.takes = 1
+        self._done: asyncio.Queue[ingest_pb2.StreamResponse | None] = asyncio.Queue()
+        self._refusal: VigilError | None = None
+
+    def put(self, response: ingest_pb2.StreamResponse) -> None:
+        """Add one."""
+        self._done.put_nowait(response)
+
+    def end(self) -> None:
+        """There are no more to come."""
+        self._done.put_nowait(None)
+
+    def refuse(self, why: str) -> None:
+        """Let the stream end with an error, once all else is answered."""
+        self._refusal = InvalidInput("TOO_MANY_TOGETHER", why)
+
+    async def next(self) -> ingest_pb2.StreamResponse | None:
+        """The next message, as soon as there is one; None after the last.
+
+        Raises:
+            InvalidInput: TOO_MANY_TOGETHER.
+        """
+        first = await self._done.get()
+        if first is None:
+            if self._refusal is not None:
+                raise self._refusal
+            return None
+        most, size = min(self.takes, TOGETHER), first.ByteSize()
+        while 1 + len(first.more) < most and size < TOGETHER_BYTES and not self._done.empty():
+            other = self._done.get_nowait()
+            if other is None:
+                self.end()
+                break
+            size += other.ByteSize()
+            first.more.append(other)
+        first.takes = TOGETHER
+        return first
 
 
 def _end(limit: asyncio.Timeout, _: asyncio.Task[bool]) -> None:

@@ -27,7 +27,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from vigil.types.v1 import types_pb2 as vigil_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cvigil/ingest/v1/ingest.proto\x12\x0fvigil.ingest.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1avigil/types/v1/types.proto\"\xce\x02\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\rmodel_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x63\x61mera\x18\x04 \x01(\t\x12/\n\x0b\x63\x61ptured_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".vigil.ingest.v1.Frame.LabelsEntry\x12.\n\x07outputs\x18\x07 \x01(\x0b\x32\x1d.vigil.types.v1.OutputOptions\x12\r\n\x05image\x18\x08 \x01(\x0c\x12\x13\n\x0btraceparent\x18\t \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x10\n\x0e_model_version\"b\n\rSubmitRequest\x12%\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x16.vigil.ingest.v1.Frame\x12*\n\x08wait_for\x18\x02 \x01(\x0e\x32\x18.vigil.ingest.v1.WaitFor\"=\n\nAcceptance\x12/\n\x0breceived_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"x\n\x0eSubmitResponse\x12*\n\x07verdict\x18\x01 \x01(\x0b\x32\x17.vigil.types.v1.VerdictH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1b.vigil.ingest.v1.AcceptanceH\x00\x42\t\n\x07outcome\"b\n\rStreamRequest\x12%\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x16.vigil.ingest.v1.Frame\x12*\n\x08wait_for\x18\x02 \x01(\x0e\x32\x18.vigil.ingest.v1.WaitFor\"\xaf\x01\n\x0eStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\t\x12*\n\x07verdict\x18\x02 \x01(\x0b\x32\x17.vigil.types.v1.VerdictH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x1b.vigil.ingest.v1.AcceptanceH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07outcome*P\n\x07WaitFor\x12\x18\n\x14WAIT_FOR_UNSPECIFIED\x10\x00\x12\x15\n\x11WAIT_FOR_ACCEPTED\x10\x01\x12\x14\n\x10WAIT_FOR_VERDICT\x10\x02\x32\xa9\x01\n\rIngestService\x12I\n\x06Submit\x12\x1e.vigil.ingest.v1.SubmitRequest\x1a\x1f.vigil.ingest.v1.SubmitResponse\x12M\n\x06Stream\x12\x1e.vigil.ingest.v1.StreamRequest\x1a\x1f.vigil.ingest.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cvigil/ingest/v1/ingest.proto\x12\x0fvigil.ingest.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1avigil/types/v1/types.proto\"\xce\x02\n\x05\x46rame\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x1a\n\rmodel_version\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x0e\n\x06\x63\x61mera\x18\x04 \x01(\t\x12/\n\x0b\x63\x61ptured_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x06labels\x18\x06 \x03(\x0b\x32\".vigil.ingest.v1.Frame.LabelsEntry\x12.\n\x07outputs\x18\x07 \x01(\x0b\x32\x1d.vigil.types.v1.OutputOptions\x12\r\n\x05image\x18\x08 \x01(\x0c\x12\x13\n\x0btraceparent\x18\t \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x10\n\x0e_model_version\"b\n\rSubmitRequest\x12%\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x16.vigil.ingest.v1.Frame\x12*\n\x08wait_for\x18\x02 \x01(\x0e\x32\x18.vigil.ingest.v1.WaitFor\"=\n\nAcceptance\x12/\n\x0breceived_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"x\n\x0eSubmitResponse\x12*\n\x07verdict\x18\x01 \x01(\x0b\x32\x17.vigil.types.v1.VerdictH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x1b.vigil.ingest.v1.AcceptanceH\x00\x42\t\n\x07outcome\"\x9f\x01\n\rStreamRequest\x12%\n\x05\x66rame\x18\x01 \x01(\x0b\x32\x16.vigil.ingest.v1.Frame\x12*\n\x08wait_for\x18\x02 \x01(\x0e\x32\x18.vigil.ingest.v1.WaitFor\x12,\n\x04more\x18\x03 \x03(\x0b\x32\x1e.vigil.ingest.v1.SubmitRequest\x12\r\n\x05takes\x18\x04 \x01(\r\"\xed\x01\n\x0eStreamResponse\x12\x10\n\x08\x66rame_id\x18\x01 \x01(\t\x12*\n\x07verdict\x18\x02 \x01(\x0b\x32\x17.vigil.types.v1.VerdictH\x00\x12/\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x1b.vigil.ingest.v1.AcceptanceH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12-\n\x04more\x18\x05 \x03(\x0b\x32\x1f.vigil.ingest.v1.StreamResponse\x12\r\n\x05takes\x18\x06 \x01(\rB\t\n\x07outcome*P\n\x07WaitFor\x12\x18\n\x14WAIT_FOR_UNSPECIFIED\x10\x00\x12\x15\n\x11WAIT_FOR_ACCEPTED\x10\x01\x12\x14\n\x10WAIT_FOR_VERDICT\x10\x02\x32\xa9\x01\n\rIngestService\x12I\n\x06Submit\x12\x1e.vigil.ingest.v1.SubmitRequest\x1a\x1f.vigil.ingest.v1.SubmitResponse\x12M\n\x06Stream\x12\x1e.vigil.ingest.v1.StreamRequest\x1a\x1f.vigil.ingest.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FRAME_LABELSENTRY']._loaded_options = None
   _globals['_FRAME_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_WAITFOR']._serialized_start=1035
-  _globals['_WAITFOR']._serialized_end=1115
+  _globals['_WAITFOR']._serialized_start=1159
+  _globals['_WAITFOR']._serialized_end=1239
   _globals['_FRAME']._serialized_start=136
   _globals['_FRAME']._serialized_end=470
   _globals['_FRAME_LABELSENTRY']._serialized_start=407
@@ -48,10 +48,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACCEPTANCE']._serialized_end=633
   _globals['_SUBMITRESPONSE']._serialized_start=635
   _globals['_SUBMITRESPONSE']._serialized_end=755
-  _globals['_STREAMREQUEST']._serialized_start=757
-  _globals['_STREAMREQUEST']._serialized_end=855
-  _globals['_STREAMRESPONSE']._serialized_start=858
-  _globals['_STREAMRESPONSE']._serialized_end=1033
-  _globals['_INGESTSERVICE']._serialized_start=1118
-  _globals['_INGESTSERVICE']._serialized_end=1287
+  _globals['_STREAMREQUEST']._serialized_start=758
+  _globals['_STREAMREQUEST']._serialized_end=917
+  _globals['_STREAMRESPONSE']._serialized_start=920
+  _globals['_STREAMRESPONSE']._serialized_end=1157
+  _globals['_INGESTSERVICE']._serialized_start=1242
+  _globals['_INGESTSERVICE']._serialized_end=1411
 # @@protoc_insertion_point(module_scope)

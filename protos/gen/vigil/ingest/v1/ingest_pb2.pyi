@@ -215,18 +215,30 @@ class StreamRequest(_message.Message):
 
     FRAME_FIELD_NUMBER: _builtins.int
     WAIT_FOR_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    TAKES_FIELD_NUMBER: _builtins.int
     wait_for: Global___WaitFor.ValueType
+    takes: _builtins.int
+    """How many responses one message may carry. Absent: one."""
     @_builtins.property
     def frame(self) -> Global___Frame: ...
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___SubmitRequest]:
+        """Frames that are ready at the same time, each as if it had come by itself: a message costs both sides more than a
+        small image does. At most one less than the responses' `takes`; a request with more of them ends the stream.
+        """
+
     def __init__(
         self,
         *,
         frame: Global___Frame | None = ...,
         wait_for: Global___WaitFor.ValueType = ...,
+        more: _abc.Iterable[Global___SubmitRequest] | None = ...,
+        takes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "wait_for", b"wait_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "more", b"more", "takes", b"takes", "wait_for", b"wait_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,13 +254,21 @@ class StreamResponse(_message.Message):
     VERDICT_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    TAKES_FIELD_NUMBER: _builtins.int
     frame_id: _builtins.str
+    takes: _builtins.int
+    """How many frames one request may carry. Absent: one."""
     @_builtins.property
     def verdict(self) -> _types_pb2.Verdict: ...
     @_builtins.property
     def accepted(self) -> Global___Acceptance: ...
     @_builtins.property
     def error(self) -> _status_pb2.Status: ...
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamResponse]:
+        """Responses that were ready at the same time, without more of their own; only where the requests' `takes` has room."""
+
     def __init__(
         self,
         *,
@@ -256,10 +276,12 @@ class StreamResponse(_message.Message):
         verdict: _types_pb2.Verdict | None = ...,
         accepted: Global___Acceptance | None = ...,
         error: _status_pb2.Status | None = ...,
+        more: _abc.Iterable[Global___StreamResponse] | None = ...,
+        takes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "error", b"error", "outcome", b"outcome", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "error", b"error", "frame_id", b"frame_id", "outcome", b"outcome", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "error", b"error", "frame_id", b"frame_id", "more", b"more", "outcome", b"outcome", "takes", b"takes", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["verdict", "accepted", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
