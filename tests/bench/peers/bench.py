@@ -136,6 +136,7 @@ class Comparison:
         self._bundle = bundle
         self._pythons = pythons
         self._left_out = dict(left_out)
+        self._failed: dict[str, str] = {}
         self._folder = folder
         self._options = options
         self._rounds: dict[str, list[dict[str, Any]]] = {}
@@ -180,9 +181,12 @@ class Comparison:
                 crash = number == 0 and one in ("vigil-stored", *self._pythons)  # of Vigil's the one with every part
                 found = await measure(target, load_cells().test_images, self._options, crash=crash)
         except (LeftOut, StackError, TimeoutError) as error:
-            # One that was measured before keeps what it has.
-            self._left_out[one] = str(error).strip().partition("\n")[0] or type(error).__name__
-            print(f"{self.name}: {one} is left out: {error}", flush=True)
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            # Once may be the machine's doing. One that was measured before keeps what it has.
+            if one in self._failed:
+                self._left_out[one] = why
+            self._failed[one] = why
+            print(f"{self.name} round {number + 1} goes without {one}: {error}", flush=True)
             return
         self._rounds.setdefault(one, []).append(found)
         rates = ", ".join(f"{key}: {found[key]['per_s']:.1f}/s" for key in found if key.isdigit())
@@ -193,7 +197,7 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """What was measured so far."""
         targets = {one: merged(self._rounds[one]) for one in [*self._names] if one in self._rounds}
-        return {"model": self.name, "left_out": self._left_out, "targets": targets}
+        return {"model": self.name, "left_out": {**self._failed, **self._left_out}, "targets": targets}
 
 
 def load_models() -> dict[str, Bundle]:

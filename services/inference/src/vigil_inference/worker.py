@@ -49,7 +49,7 @@ BLOCK_MS = 500
 # A candidate waits for less: once it is promoted its read brings nothing more, and live's frames would wait for it.
 CANDIDATE_BLOCK_MS = 50
 # Nobody waits for a candidate, so its frames and verdicts gather: a call for each would cost Redis what live's do.
-GATHER_S = 0.25
+GATHER_S = 1.0
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
 # Of what a worker can have in hand, this part is emitted together: with much to do, a call for each verdict alone would

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 READ_BLOCK_MS = 500
 # Verdicts gather for so long: a step for each of them would cost Redis as much as the frame does.
-GATHER_S = 0.25
+GATHER_S = 1.0
 RETRY_S = 0.2
 COUNTED = ("missing", "unmatched", "late", "duplicate", "foreign", "lost", "malformed")
 
