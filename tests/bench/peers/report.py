@@ -35,12 +35,15 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), layout="constrained", squeeze=False)
+    lines: dict[str, Any] = {}  # one colour each, though a server may be missing with a model
     for axis, result in zip(axes[0], results, strict=True):
         for name, found in result["targets"].items():
             keys = [key for key in found if key.isdigit()]
-            axis.plot(keys, [found[key]["per_s"] for key in keys], marker="o", label=name)
+            colour = lines[name].get_color() if name in lines else f"C{len(lines)}"
+            rates = [found[key]["per_s"] for key in keys]
+            (lines[name],) = axis.plot(keys, rates, marker="o", color=colour, label=name)
         axis.set(title=result["model"], xlabel="in flight", ylabel="images/s", ylim=(0, None))
-        axis.legend()
+    figure.legend(handles=list(lines.values()), loc="outside right upper")
     figure.savefig(path, dpi=120)
 
 
