@@ -139,7 +139,7 @@ async def measure_report(pairs: int, folder: Path) -> dict[str, Any]:
     streams = await RedisStreams.connect(server.url)
     pairing = Pairing(Compared(MODEL, LIVE, CANDIDATE), await streams.reports.place(MODEL, "1"))
     rng = random.Random(0)
-    paired_s = kept_s = cpu_s = 0.0
+    paired_s = kept_s = used_s = 0.0
     number = 1
     for start in range(0, pairs, STEP):
         answers = []
@@ -158,7 +158,7 @@ async def measure_report(pairs: int, folder: Path) -> dict[str, Any]:
         assert await streams.reports.commit(MODEL, "1", step)
         kept_s += time.perf_counter() - paired
         paired_s += paired - began
-        cpu_s += time.process_time() - cpu
+        used_s += time.process_time() - cpu
     used = 0
     for kind in ("report", "joint", "open", "worst", "details"):
         key = f"{prefix(MODEL)}shadow-{kind}:1"
@@ -172,7 +172,7 @@ async def measure_report(pairs: int, folder: Path) -> dict[str, Any]:
         "pairing_per_s": pairs / paired_s,
         "with_valkey_per_s": pairs / (paired_s + kept_s),
         # What another program on the machine takes away does not count here.
-        "per_cpu_s": pairs / cpu_s,
+        "per_cpu_s": pairs / used_s,
         "report_bytes": used,
         "process_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

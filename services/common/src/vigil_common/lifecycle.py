@@ -32,7 +32,7 @@ def run(service: str, main: Callable[[asyncio.Event], Awaitable[None]], *, log_l
         metrics_port: Prometheus metrics over HTTP; 0 for none.
     """
     logging.configure(service, log_level)
-    # Nor at what importing has made, which lives as long as the process.
+    # What importing has made lives as long as the process: the collector needn't look at it either.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
