@@ -68,7 +68,8 @@ async def measure_live(seconds: float, rounds: int, folder: Path) -> dict[str, A
             candidate = await storage.models_publish(other, name=MODEL)
         streams = await RedisStreams.connect(stack.redis_url)
         await set_mode(streams, live, None)
-        workers = [await stack.add_worker(MODEL, model.version) for model in (live, candidate)]
+        # Each has one core, and knows it.
+        workers = [await stack.add_worker(MODEL, model.version, RUNS="1") for model in (live, candidate)]
         beside = [stack.pid(name) for name in ("shadow", workers[1])]
         path = {name: stack.pid(name) for name in ("valkey", "reductstore", "storage", "ingest", workers[0])}
         pin([os.getpid(), *path.values()], 0)

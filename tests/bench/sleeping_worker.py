@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Sleeping:
     """A model that takes its time and nothing else."""
 
-    manifest: Any = SimpleNamespace(input=ModelInput())
+    manifest: Any = SimpleNamespace(input=ModelInput(), fixed_batch=None)
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -72,11 +72,11 @@ async def test_the_pipeline_scores_as_a_direct_run_does(
     export: Path, bundle: bytes, engine: str, images: list[bytes], tmp_path: Path
 ) -> None:
     run = DIRECT[engine](export)
-    model = LoadedModel(bundle, tmp_path, engine=engine)
+    model = LoadedModel(bundle, tmp_path, engine=engine, runs=2)
     assert model.engine.name == engine
     assert model.parity
     assert all(sample.passed for sample in model.parity)
-    pipeline = Pipeline(model, max_pixels=1_000_000, batch_size=model.manifest.fixed_batch or 1)
+    pipeline = Pipeline(model, max_pixels=1_000_000, batch_size=model.manifest.fixed_batch or 1, runs=2)
     pipeline.start()
     try:
         found = await asyncio.gather(*(pipeline.judge(image, pictures=True) for image in images))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vigil_inference.engine import Outputs
 
 DEADLINE_S = 10
+RUNS = 2
+RUN_S = 0.1
 
 
 def png(level: int, size: tuple[int, int] = (8, 6)) -> bytes:
@@ -147,7 +149,7 @@ def test_a_score_that_the_graph_does_not_give_is_refused(tmp_path: Path) -> None
 
 @pytest.fixture
 async def pipeline(tmp_path: Path) -> AsyncIterator[Pipeline]:
-    made = Pipeline(LoadedModel(bundle(), tmp_path), max_pixels=10_000, batch_size=4)
+    made = Pipeline(LoadedModel(bundle(), tmp_path), max_pixels=10_000, batch_size=4, runs=RUNS)
     made.start()
     yield made
     await made.close()
@@ -214,32 +216,70 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 async def held(tmp_path: Path) -> AsyncIterator[tuple[Pipeline, Held]]:
     model = Held(LoadedModel(bundle(), tmp_path))
-    made = Pipeline(model, max_pixels=10_000, batch_size=2)  # type: ignore[arg-type]
+    made = Pipeline(model, max_pixels=10_000, batch_size=2, runs=RUNS)  # type: ignore[arg-type]
     made.start()
     yield made, model
     model.let.release(100)
     await made.close()
 
 
-async def test_the_next_images_are_decoded_while_the_model_runs_but_only_so_many(
+async def test_so_many_runs_go_on_at_a_time_and_nothing_is_decoded_ahead_of_them(
     held: tuple[Pipeline, Held], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, model = held
     decoded: list[object] = []
 
-    def counted(pixels: Any, spec: ModelInput) -> Any:
+    def counted(pixels: Any, spec: ModelInput, *, out: Any) -> Any:
         decoded.append(pixels)
-        return to_tensor(pixels, spec)
+        return to_tensor(pixels, spec, out=out)
 
     monkeypatch.setattr("vigil_inference.pipeline.to_tensor", counted)
     calls = asyncio.ensure_future(judge_all(pipeline, [png(1)] * 12))
-    await until(lambda: len(model.began) == 1 and len(decoded) >= model.began[0] + 3)
-    # In the run, and batch_size + decoders ahead of it. That no more come shows only by waiting a moment.
+    await until(lambda: len(model.began) == RUNS)
+    # That no more begin, and none is decoded that has to wait, shows only by waiting a moment.
     await asyncio.sleep(0.05)
-    assert len(decoded) == model.began[0] + 3
+    assert len(model.began) == RUNS
+    assert len(decoded) == sum(model.began)
     model.let.release(100)
     assert len(await calls) == 12
     assert max(model.began) == 2
+
+
+async def second_run(tmp_path: Path, *, frozen: int | None, runs: int) -> tuple[int, list[Judged]]:
+    """How many images it takes after each thread began with one and four more came, and what came of these four."""
+    model = Held(LoadedModel(bundle(batch=frozen), tmp_path / str(frozen)))
+    made = Pipeline(model, max_pixels=10_000, batch_size=4, runs=runs)  # type: ignore[arg-type]
+    made.start()
+    first = []
+    for count in range(1, runs + 1):
+        first.append(asyncio.create_task(made.judge(png(1), pictures=False)))
+        await until(lambda count=count: sum(model.began) == count)  # type: ignore[misc]
+    rest = asyncio.ensure_future(judge_all(made, [png(1)] * 4))
+    await asyncio.sleep(0)
+    model.let.release()
+    await until(lambda: len(model.began) > runs)
+    began = model.began[-1]
+    await asyncio.sleep(RUN_S)
+    model.let.release(100)
+    found = await rest
+    await asyncio.wait(first)
+    await made.close()
+    return began, found
+
+
+async def test_a_thread_takes_its_share_of_what_waits_but_all_for_a_frozen_batch(tmp_path: Path) -> None:
+    began, _ = await second_run(tmp_path, frozen=None, runs=2)
+    assert began == 2  # the first, and half of the three behind it
+    began, _ = await second_run(tmp_path, frozen=4, runs=2)
+    assert began == 4
+
+
+async def test_the_time_of_a_run_is_shared_by_its_images_unless_the_batch_is_frozen(tmp_path: Path) -> None:
+    began, found = await second_run(tmp_path, frozen=None, runs=1)
+    assert began == 4
+    assert all(RUN_S / 4 <= one.inference_s < RUN_S for one in found)
+    _, found = await second_run(tmp_path, frozen=4, runs=1)
+    assert all(one.inference_s >= RUN_S for one in found)
 
 
 async def test_a_run_that_breaks_is_told_to_who_asked_and_the_next_one_works(held: tuple[Pipeline, Held]) -> None:
@@ -255,18 +295,17 @@ async def test_a_run_that_breaks_is_told_to_who_asked_and_the_next_one_works(hel
 
 async def test_who_has_gone_is_not_judged(held: tuple[Pipeline, Held]) -> None:
     pipeline, model = held
-    first = asyncio.create_task(pipeline.judge(png(1), pictures=False))
-    await until(lambda: model.began == [1])
+    first = [asyncio.create_task(pipeline.judge(png(1), pictures=False)) for _ in range(RUNS)]
+    await until(lambda: sum(model.began) == RUNS)
     waiting = [asyncio.create_task(pipeline.judge(png(1), pictures=False)) for _ in range(10)]
     await asyncio.sleep(0)
     for task in waiting:
         task.cancel()
     await asyncio.wait(waiting)
     model.let.release(100)
-    await asyncio.wait_for(first, DEADLINE_S)
+    await asyncio.wait_for(asyncio.gather(*first), DEADLINE_S)
     assert (await pipeline.judge(png(51), pictures=False)).score == pytest.approx(0.2)
-    # At most those that were decoded before they were given up.
-    assert sum(model.began) <= 1 + 3 + 1
+    assert sum(model.began) == RUNS + 1
 
 
 def slower(*, score: float) -> bytes:

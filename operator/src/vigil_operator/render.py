@@ -171,6 +171,7 @@ def runtime_environment(runtime: Runtime) -> dict[str, str]:
         "VIGIL_ENGINE": runtime.engine,
         "VIGIL_PRECISION": runtime.precision,
         "VIGIL_THREADS": str(runtime.threads),
+        "VIGIL_RUNS": str(runtime.runs),
         "VIGIL_BATCH_SIZE": str(runtime.batch_size),
     }
 

@@ -102,7 +102,12 @@ class Runtime(Part):
         Field(description="On OpenVINO. bf16 may flip labels: let the shadow comparison tell."),
     ] = "f32"
     threads: Annotated[int, Field(ge=1, le=256, description="Threads of one run.")] = 1
-    batch_size: Annotated[int, Field(ge=1, le=256, description="Most images of one run.")] = 1
+    runs: Annotated[
+        int, Field(ge=0, le=64, description="Runs at a time in one worker; 0: as many as its CPUs allow.")
+    ] = 0
+    batch_size: Annotated[
+        int, Field(ge=0, le=256, description="Most images of one run; 0: as many as take a few milliseconds.")
+    ] = 0
 
 
 class Autoscaling(Part):

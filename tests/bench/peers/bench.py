@@ -151,6 +151,7 @@ class Comparison:
             "PEER_INPUT": manifest.input.name,
             "PEER_SCORE": manifest.outputs.score,
             "PEER_BATCH": str(manifest.fixed_batch or 1),
+            "PEER_WORKERS": str(len(os.sched_getaffinity(0))),
         }
 
     async def round(self, number: int) -> AsyncIterator[None]:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = ["bentoml==1.4.40", "onnxruntime==1.32.0", "pillow>=13", "numpy>=2"]
 # ///
-"""BentoML, one worker of one service, the image as an upload: python bentoml_peer.py PORT."""
+"""BentoML, the image as an upload: python bentoml_peer.py PORT."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from judge import Judge
 from PIL.Image import Image
 
 
-@bentoml.service(name="peer", workers=1, traffic={"timeout": 60, "max_concurrency": 256})
+@bentoml.service(name="peer", workers=int(os.environ["PEER_WORKERS"]), traffic={"timeout": 60, "max_concurrency": 256})
 class Peer:
     """One image a request, its score back."""
 

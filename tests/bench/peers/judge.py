@@ -1,16 +1,21 @@
 """What every peer does for an image: decode, prepare, ONNX Runtime on one thread. Knows nothing of Vigil.
 
-PEER_MODEL, PEER_INPUT, PEER_SCORE and PEER_BATCH say which graph and which of its names.
+PEER_MODEL, PEER_INPUT, PEER_SCORE and PEER_BATCH say which graph and which of its names; PEER_WORKERS how many
+processes of a server judge, PEER_TOGETHER how many requests a server may bring to one call.
 """
 
 from __future__ import annotations
 
 import io
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
 from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Judge:
@@ -32,8 +37,19 @@ class Judge:
 
     def image(self, image: Image.Image) -> float:
         """The score of an opened image."""
+        return self.several([image])[0]
+
+    def several(self, images: Sequence[Image.Image]) -> list[float]:
+        """The scores of opened images of one size, in one run, or in runs of a frozen batch."""
+        tensors = [self._tensor(image) for image in images]
+        size = self._batch if self._batch > 1 else len(tensors)
+        scores: list[float] = []
+        for start in range(0, len(tensors), size):
+            part = tensors[start : start + size]
+            batch = np.stack([*part, *part[-1:] * (size - len(part))])
+            scores += self._session.run([self._score], {self._input: batch})[0].reshape(-1)[: len(part)].tolist()
+        return scores
+
+    def _tensor(self, image: Image.Image) -> np.ndarray:
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-        tensor = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
-        if self._batch > 1:
-            tensor = np.repeat(tensor, self._batch, axis=0)
-        return float(self._session.run([self._score], {self._input: tensor})[0].reshape(-1)[0])
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))

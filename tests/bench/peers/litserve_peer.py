@@ -2,11 +2,12 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = ["litserve==0.2.19", "onnxruntime==1.32.0", "pillow>=13", "numpy>=2", "python-multipart"]
 # ///
-"""LitServe, one worker, the image as an upload: python litserve_peer.py PORT."""
+"""LitServe, the image as an upload: python litserve_peer.py PORT."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.metadata import version
 
@@ -38,5 +39,6 @@ class Api(litserve.LitAPI):
 
 if __name__ == "__main__":
     print(json.dumps({"version": version("litserve")}), flush=True)
-    server = litserve.LitServer(Api(), accelerator="cpu", workers_per_device=1, timeout=60)
+    workers = int(os.environ["PEER_WORKERS"])
+    server = litserve.LitServer(Api(), accelerator="cpu", workers_per_device=workers, timeout=60)
     server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11,<3.13"
 # dependencies = ["ray[serve]==2.60.0", "onnxruntime==1.32.0", "pillow>=13", "numpy>=2"]
 # ///
-"""Ray Serve, one replica behind its own proxy: python ray_peer.py PORT."""
+"""Ray Serve behind its own proxy: python ray_peer.py PORT."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from judge import Judge
 from ray import serve
 from starlette.requests import Request  # noqa: TC002 - Ray reads the annotation
 
+WORKERS = int(os.environ["PEER_WORKERS"])
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})
+
+@serve.deployment(num_replicas=WORKERS, max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})
 class Peer:
     """One image a request, its score back."""
 
@@ -32,9 +34,10 @@ class Peer:
 
 if __name__ == "__main__":
     print(json.dumps({"version": version("ray")}), flush=True)
-    names = ("PEER_MODEL", "PEER_INPUT", "PEER_SCORE", "PEER_BATCH", "PYTHONPATH")
+    names = ("PEER_MODEL", "PEER_INPUT", "PEER_SCORE", "PEER_BATCH", "PEER_WORKERS", "PYTHONPATH")
     variables = {name: os.environ[name] for name in names}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
+    cores = max(2, WORKERS)
+    ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": variables})
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
     serve.run(Peer.bind(), name="peer", route_prefix="/")
     signal.sigwait({signal.SIGTERM, signal.SIGINT})

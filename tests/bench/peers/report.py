@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-PEERS = ("mlserver", "litserve", "bentoml", "ray")
+PEERS = ("mlserver", "mlserver-batching", "litserve", "bentoml", "ray")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 INSTALL_S = 180.0
 START_S = 60.0
+# Requests that a server with adaptive batching may bring to one run.
+TOGETHER = 8
 # Longer than 64 requests wait for a model of a third of a second.
 ANSWER_S = 30.0
 # Its daemons need neither a token on a loopback, nor the environment of the command that started them.
@@ -77,6 +79,11 @@ def session(leader: int) -> list[int]:
     return found
 
 
+def script_of(name: str) -> Path:
+    """The server's; what follows a dash is how it is set up."""
+    return HERE / f"{name.partition('-')[0]}_peer.py"
+
+
 class LeftOut(Exception):
     """A peer can't be measured; the message says why."""
 
@@ -86,7 +93,7 @@ async def installed(name: str) -> str:
     uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` tells what it is
     if uv is None:
         raise LeftOut("uv, which makes its environment, is not on the path")
-    script = str(HERE / f"{name}_peer.py")
+    script = str(script_of(name))
     env = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     for command in (["sync", "--quiet", "--script", script], ["python", "find", "--script", script]):
         process = await asyncio.create_subprocess_exec(
@@ -110,7 +117,8 @@ class Peer:
         self.name = name
         self.version = ""
         self._python = python
-        self._env = {**os.environ, **RAY, **env, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {**RAY, **env, "PEER_TOGETHER": str(TOGETHER if name.endswith("-batching") else 1)}
+        self._env = {**os.environ, **env, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
         self._env.pop("VIRTUAL_ENV", None)
         self._log = log
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # some write where they stand
@@ -133,7 +141,7 @@ class Peer:
         self._folder.cleanup()
 
     async def _start(self) -> None:
-        command = [self._python, str(HERE / f"{self.name}_peer.py"), str(self._port)]
+        command = [self._python, str(script_of(self.name)), str(self._port)]
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command,
@@ -188,7 +196,7 @@ class Peer:
     async def ask(self, image: bytes) -> bool:
         """Whether the image got its score."""
         try:
-            return await (self._ask_grpc(image) if self.name == "mlserver" else self._ask_http(image))
+            return await (self._ask_grpc(image) if self.name.startswith("mlserver") else self._ask_http(image))
         except (aiohttp.ClientError, TimeoutError, grpc.aio.AioRpcError):
             return False
 

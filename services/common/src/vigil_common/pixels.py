@@ -87,27 +87,39 @@ def flat(pixels: Pixels) -> Pixels:
     return pixels if pixels.ndim == 2 else pixels.max(axis=2)  # noqa: PLR2004 - grey has two axes
 
 
-def to_tensor(pixels: Pixels, spec: ModelInput) -> Tensor:
+def tensor_size(pixels: Pixels, spec: ModelInput) -> tuple[int, int]:
+    """Height and width that the pixels have as a tensor."""
+    if spec.height and spec.width:
+        return spec.height, spec.width
+    height, width = pixels.shape[:2]
+    return height, width
+
+
+def to_tensor(pixels: Pixels, spec: ModelInput, *, out: Tensor | None = None) -> Tensor:
     """Pixels as the graph takes them: [1, 3, height, width] in the manifest's range.
 
     Resized only where the graph's size is fixed; otherwise the graph does it.
+
+    Args:
+        pixels: As `decode` gives them.
+        spec: The graph's.
+        out: Filled instead of new memory, [3, height, width] with the numbers of `tensor_size`.
     """
-    if spec.height and spec.width and pixels.shape[:2] != (spec.height, spec.width):
-        resized = _resized(Image.fromarray(pixels), spec.width, spec.height, spec)
-        pixels = np.asarray(resized)
-    low, high = spec.value_range
-    height, width = pixels.shape[:2]
-    tensor = np.empty((1, 3, height, width), dtype=np.float32)
+    height, width = tensor_size(pixels, spec)
+    if pixels.shape[:2] != (height, width):
+        pixels = np.asarray(_resized(Image.fromarray(pixels), width, height, spec))
+    planes = np.empty((3, height, width), dtype=np.float32) if out is None else out
     # Divided, not multiplied by the inverse: bit for bit what a direct run computes.
     if pixels.ndim == 2:  # noqa: PLR2004 - grey has two axes, and one plane to compute
-        np.divide(pixels, np.float32(255.0), out=tensor[0, 0], dtype=np.float32)
-        tensor[0, 1:] = tensor[0, 0]
+        np.divide(pixels, np.float32(255.0), out=planes[0], dtype=np.float32)
+        planes[1:] = planes[0]
     else:
-        np.divide(pixels.transpose(2, 0, 1), np.float32(255.0), out=tensor[0], dtype=np.float32)
+        np.divide(pixels.transpose(2, 0, 1), np.float32(255.0), out=planes, dtype=np.float32)
+    low, high = spec.value_range
     if (low, high) != (0.0, 1.0):
-        tensor *= high - low
-        tensor += low
-    return tensor
+        planes *= high - low
+        planes += low
+    return planes[None]
 
 
 def _resized(image: Image.Image, width: int, height: int, spec: ModelInput) -> Image.Image:

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,11 @@ ACCESS = {
 }
 # What a worker may have in hand: so much work, for what it holds no other can take, and so many frames.
 HAND_S, HAND_AT_MOST = 0.03, 16
+# Images of one run: what a quick model gets through in so long, so that the first waits little for the last.
+BATCH_S, BATCH_AT_MOST = 0.016, 8
+# More runs than that of one process would wait for Python's lock, and take memory each.
+RUNS_AT_MOST = 8
+CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 DRAIN_S = 20.0
 RETRY_S = 1.0
 
@@ -93,6 +99,22 @@ async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, by
             return version, b"".join(chunks)
 
 
+def cpus() -> int:
+    """CPUs that this process may use: those it may run on, and no more than its control group's share, rounded up."""
+    allowed = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no control groups, or "max"
+        quota_us, period_us = map(int, CPU_SHARE.read_text().split())
+        allowed = min(allowed, -(-quota_us // period_us))
+    return max(1, allowed)
+
+
+def usual_batch_size(model: LoadedModel) -> int:
+    """Images of one run; OpenVINO compiles a graph for every size anew, so there one."""
+    if model.engine.name == "openvino":
+        return 1
+    return max(1, min(BATCH_AT_MOST, int(BATCH_S / model.proven.run_s)))
+
+
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load, prove, then work until stopped."""
     handle = create_server(settings.inference_bind, access=ACCESS, security=settings)
@@ -100,6 +122,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     if settings.cache_dir:
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, ignore_cleanup_errors=True) as folder:
+        runs = settings.runs or min(RUNS_AT_MOST, max(1, cpus() // settings.threads))
         model = await asyncio.to_thread(
             LoadedModel,
             bundle,
@@ -107,12 +130,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             expected_digest=settings.model_digest or version.digest,
             engine=settings.engine,
             threads=settings.threads,
+            runs=runs,
             precision=settings.precision,
         )
         del bundle
-        # A frozen batch costs the same however full it is.
-        batch_size = model.manifest.fixed_batch or settings.batch_size
-        pipeline = Pipeline(model, settings.max_image_pixels, batch_size, settings.decoders)
+        batch_size = model.manifest.fixed_batch or settings.batch_size or usual_batch_size(model)
+        pipeline = Pipeline(model, settings.max_image_pixels, batch_size, runs)
         pipeline.start()
         streams = await RedisStreams.connect(settings.redis_url, security=settings)
         consumer = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -123,7 +146,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             pipeline,
             version=version,
             default_threshold=model.manifest.threshold,
-            prefetch=max(2 * batch_size + 2, min(HAND_AT_MOST, int(HAND_S / model.proven.run_s))),
+            prefetch=max(2 * batch_size * runs + 2, min(HAND_AT_MOST, int(HAND_S / model.proven.run_s) * runs)),
             claim_idle_ms=settings.claim_idle_ms,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
@@ -137,6 +160,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             model=version.name,
             version=version.version,
             engine=model.engine.name,
+            runs=runs,
+            batch_size=batch_size,
             artefact=model.artefact,
             choice=model.choice,
         )

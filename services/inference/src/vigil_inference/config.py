@@ -24,8 +24,8 @@ class Settings(SecuritySettings):
         engine: "auto" times what the bundle has, on this node, and takes the fastest that holds its parity.
         precision: On OpenVINO.
         threads: For one run.
-        batch_size: Most images of one run.
-        decoders: Decoding threads.
+        runs: How many runs may go on at a time; 0 for as many as there are CPUs for.
+        batch_size: Most images of one run; 0 for as many as are judged within a few milliseconds.
         cache_dir: Writable, for the extracted bundle.
         metrics_port: Prometheus metrics; 0 for none.
         claim_idle_ms: Frames that another worker has held for longer are taken over; later where the model is slow.
@@ -46,8 +46,8 @@ class Settings(SecuritySettings):
     engine: Literal["auto", "onnxruntime", "openvino"] = "auto"
     precision: Literal["f32", "bf16"] = "f32"
     threads: int = 1
-    batch_size: int = 1
-    decoders: int = 1
+    runs: int = 0
+    batch_size: int = 0
     cache_dir: Path | None = None
     metrics_port: int = 9092
     claim_idle_ms: int = 5_000

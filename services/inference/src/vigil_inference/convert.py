@@ -98,7 +98,7 @@ def _fill(picture: types_pb2.Picture, pixels: Pixels, *, jpeg: bool = False) -> 
 
 
 def description(
-    model: LoadedModel, version: types_pb2.ModelVersion, *, threads: int, batch_size: int, role: Role
+    model: LoadedModel, version: types_pb2.ModelVersion, *, threads: int, batch_size: int, runs: int, role: Role
 ) -> inference_pb2.DescribeResponse:
     """What is loaded."""
     manifest = model.manifest
@@ -110,6 +110,7 @@ def description(
         artefact=model.artefact,
         choice=model.choice,
         threads=threads,
+        runs=runs,
         batch_size=manifest.fixed_batch or batch_size,
         batch_fixed=manifest.fixed_batch is not None,
         input_width=manifest.input.width or 0,

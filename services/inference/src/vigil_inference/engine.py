@@ -21,7 +21,7 @@ class Outputs:
 
 
 class Engine(Protocol):
-    """One loaded graph; one run at a time.
+    """One loaded graph.
 
     Attributes:
         name: "onnxruntime" or "openvino".

@@ -82,7 +82,7 @@ class Proven:
 
 
 class LoadedModel:
-    """One model version, ready to judge; `judge` is called by one thread at a time.
+    """One model version, ready to judge; `judge` is called by as many threads at a time as there may be runs.
 
     With several artefacts to choose from, "auto" loads, proves and times each on this node and keeps the fastest of
     those that hold their parity; `choice` says what each took. At most two are in memory at a time.
@@ -93,6 +93,7 @@ class LoadedModel:
         expected_digest: Refuse any other.
         engine: "auto", "onnxruntime" or "openvino".
         threads: For one run.
+        runs: How many may go on at a time.
         precision: "f32" or "bf16".
 
     Raises:
@@ -107,6 +108,7 @@ class LoadedModel:
         expected_digest: str | None = None,
         engine: str = "auto",
         threads: int = 1,
+        runs: int = 1,
         precision: str = "f32",
     ) -> None:
         opened = open_bundle(bundle, expected_digest=expected_digest)
@@ -114,6 +116,7 @@ class LoadedModel:
         self.digest = opened.digest
         candidates = _candidates(opened.manifest, engine, precision)
         opened.extract(folder)
+        self._threads, self._runs = threads, runs
         # One size serves for all that is timed.
         spec = self.manifest.input
         self._blank = np.zeros((1, 3, spec.height or WARM_UP_SIZE, spec.width or WARM_UP_SIZE), dtype=np.float32)
@@ -122,18 +125,18 @@ class LoadedModel:
         self.choice = ""
         self._proven: Proven | None = None
         if len(candidates) == 1:
-            self._proven = self._prove(candidates[0], folder, threads)
+            self._proven = self._prove(candidates[0], folder)
         else:
-            self._choose(candidates, folder, threads)
+            self._choose(candidates, folder)
         self._samples.clear()
 
-    def _choose(self, candidates: Sequence[Candidate], folder: Path, threads: int) -> None:
+    def _choose(self, candidates: Sequence[Candidate], folder: Path) -> None:
         """Take the fastest that holds its parity; the order decides where two are alike."""
         notes, fastest_s = [], math.inf
         refused: InvalidBundle | None = None
         for candidate in candidates:
             try:
-                proven = self._prove(candidate, folder, threads)
+                proven = self._prove(candidate, folder)
             except InvalidBundle as error:
                 refused = refused or error
                 notes.append(f"{candidate.name} {error.reason}")
@@ -149,10 +152,10 @@ class LoadedModel:
             raise refused
         self.choice = f"{self.artefact} is the fastest here that holds its parity: {', '.join(notes)}"
 
-    def _prove(self, candidate: Candidate, folder: Path, threads: int) -> Proven:
+    def _prove(self, candidate: Candidate, folder: Path) -> Proven:
         """Load an artefact, warm it up, and hold it against its parity samples."""
         began = time.perf_counter()
-        engine = _load(candidate, folder, self.manifest, threads)
+        engine = _load(candidate, folder, self.manifest, threads=self._threads, runs=self._runs)
         load_s = time.perf_counter() - began
         loaded = Proven(candidate.name, engine, candidate.threshold, (), load_s, 0.0, 0.0)
         runs_s = [_timed(lambda: self._judge(loaded, self._blank, pictures=True)) for _ in range(WARM_UP_RUNS)]
@@ -258,7 +261,7 @@ def _candidates(manifest: Manifest, engine: str, precision: str) -> list[Candida
     return found
 
 
-def _load(candidate: Candidate, folder: Path, manifest: Manifest, threads: int) -> Engine:
+def _load(candidate: Candidate, folder: Path, manifest: Manifest, *, threads: int, runs: int) -> Engine:
     # Heavy imports happen for the engine that is used, and in the modules that name them.
     path = folder / candidate.artefact.path
     if candidate.runtime == "onnxruntime":
@@ -269,4 +272,4 @@ def _load(candidate: Candidate, folder: Path, manifest: Manifest, threads: int) 
     from vigil_inference.openvino_engine import OpenVinoEngine  # noqa: PLC0415
 
     cache = folder / "compiled"
-    return OpenVinoEngine(path, manifest, threads=threads, precision=candidate.precision, cache=cache)
+    return OpenVinoEngine(path, manifest, threads=threads, runs=runs, precision=candidate.precision, cache=cache)

@@ -1,8 +1,7 @@
-"""Threads that keep the model busy: the next images are decoded while the model runs on this one.
+"""Threads that decode and judge: as many as runs of the model may go on at a time.
 
-All threads are alike. Each takes an image, decodes it and lays it among the ready; whoever then finds the model free
-judges what is ready, until nothing is. So the model is never idle while something is ready, one image alone goes from
-the event loop to one thread and back, and where many come at once one thread judges while the others decode.
+All threads are alike. Each takes what waits, but no more than its share, decodes it into one tensor and runs the model
+on that. So one image alone goes from the event loop to one thread and back, and many at once are handed over together.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import asyncio
 import queue
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from vigil_common.pixels import Pixels, Tensor, decode, to_tensor
+from vigil_common.pixels import Pixels, Tensor, decode, tensor_size, to_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,10 +22,22 @@ if TYPE_CHECKING:
     from vigil_inference.engine import Outputs
     from vigil_inference.model import LoadedModel
 
+# Of a run of several images. Larger ones are judged one by one: together they would take memory, and save nothing.
+BATCH_PIXELS = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What the model says of one image; `pixels`, `map` and `mask` only where pictures were asked for."""
+    """What the model says of one image.
+
+    Attributes:
+        score: 0 to 1.
+        pixels: Decoded; like `map` and `mask` only where pictures were asked for.
+        map: [H, W].
+        mask: [H, W].
+        decode_s: Seconds of decoding and preparing it.
+        inference_s: Seconds of its run, or of several images of one run its share; of a frozen batch always the whole.
+    """
 
     score: float
     pixels: Pixels | None
@@ -42,7 +52,6 @@ class _Job:
     image: bytes
     pictures: bool
     future: asyncio.Future[Judged]
-    tensor: Tensor | None = None
     pixels: Pixels | None = None
     decode_s: float = 0.0
 
@@ -52,29 +61,24 @@ class Pipeline:
     """Threads that decode and judge.
 
     Args:
-        model: Judges batches; called by one thread at a time.
+        model: Judges batches; called by `runs` threads at a time.
         max_pixels: Larger images are refused before decoding.
         batch_size: Most images of one run; waits for none.
-        decoders: How many threads decode while one judges.
+        runs: How many runs may go on at a time.
     """
 
     model: LoadedModel
     max_pixels: int
     batch_size: int = 1
-    decoders: int = 1
+    runs: int = 1
     _asked: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
-    _ready: deque[_Job] = field(default_factory=deque)
-    _free: threading.Lock = field(default_factory=threading.Lock)
-    # Decoded images are large: only so many are made ahead of the model.
-    _ahead: threading.Semaphore = field(init=False)
     _threads: list[threading.Thread] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop = field(init=False)
 
     def start(self) -> None:
         """Start the threads; call from the loop that will ask."""
         self._loop = asyncio.get_running_loop()
-        self._ahead = threading.Semaphore(self.batch_size + self.decoders)
-        for index in range(self.decoders + 1):
+        for index in range(self.runs):
             self._threads.append(threading.Thread(target=self._work, name=f"judge-{index}", daemon=True))
         for thread in self._threads:
             thread.start()
@@ -97,53 +101,86 @@ class Pipeline:
         return await job.future
 
     def _work(self) -> None:
-        while (job := self._asked.get()) is not None:
-            self._ahead.acquire()
-            if job.future.done() or not self._decode(job):  # done: who asked has gone
-                self._ahead.release()
-                continue
-            self._ready.append(job)
-            # Whoever has the model looks again after letting it go, so nothing stays behind.
-            while self._ready and self._free.acquire(blocking=False):
-                try:
-                    while batch := self._next_batch():
-                        self._ahead.release(len(batch))
-                        self._judge(batch)
-                finally:
-                    self._free.release()
+        tensor: Tensor | None = None
+        while jobs := self._take():
+            tensor = self._judge_all(jobs, tensor)
 
-    def _decode(self, job: _Job) -> bool:
-        began = time.perf_counter()
-        try:
-            pixels = decode(job.image, max_pixels=self.max_pixels)
-            job.tensor = to_tensor(pixels, self.model.manifest.input)
-        except Exception as error:  # noqa: BLE001 - carried to who asked
-            self._fail([job], error)
-            return False
-        if job.pictures:
-            job.pixels = pixels
-        job.decode_s = time.perf_counter() - began
-        return True
+    def _take(self) -> list[_Job]:
+        """Wait for an image, and take with it what else waits, up to this thread's share; none at the end.
 
-    def _next_batch(self) -> list[_Job]:
-        """What is ready and of one size, up to a batch; only for who has the model."""
-        batch: list[_Job] = []
-        while self._ready and len(batch) < self.batch_size:
-            if batch and _tensor(self._ready[0]).shape != _tensor(batch[0]).shape:
+        A frozen batch costs the same however full it is, so there the share is all of it.
+        """
+        first = self._asked.get()
+        if first is None:
+            return []
+        jobs = [first]
+        share = self.runs if self.model.manifest.fixed_batch is None else 1
+        for _ in range(min(self.batch_size - 1, self._asked.qsize() // share)):
+            try:
+                job = self._asked.get_nowait()
+            except queue.Empty:  # another thread was first
                 break
-            batch.append(self._ready.popleft())
-        return batch
+            if job is None:
+                self._asked.put(None)
+                break
+            jobs.append(job)
+        return jobs
 
-    def _judge(self, batch: list[_Job]) -> None:
+    def _judge_all(self, jobs: list[_Job], tensor: Tensor | None) -> Tensor | None:
+        """Judge what was taken, in one run where it is of one size.
+
+        Args:
+            jobs: What was taken.
+            tensor: Left by the last call, to be filled again.
+
+        Returns:
+            What may be filled by the next call.
+        """
+        batch: list[_Job] = []
+        for job in jobs:
+            if job.future.done():  # who asked has gone
+                continue
+            began = time.perf_counter()
+            try:
+                pixels = decode(job.image, max_pixels=self.max_pixels)
+                size = tensor_size(pixels, self.model.manifest.input)
+                if tensor is None or tensor.shape[2:] != size or len(batch) == len(tensor):
+                    self._run(batch, tensor)
+                    batch = []
+                    tensor = self._tensor(size, tensor)
+                to_tensor(pixels, self.model.manifest.input, out=tensor[len(batch)])
+            except Exception as error:  # noqa: BLE001 - carried to who asked
+                self._fail([job], error)
+                continue
+            if job.pictures:
+                job.pixels = pixels
+            job.decode_s = time.perf_counter() - began
+            batch.append(job)
+        self._run(batch, tensor)
+        # One image as large as that is not held until the next comes.
+        return tensor if tensor is not None and tensor[0, 0].size <= BATCH_PIXELS else None
+
+    def _tensor(self, size: tuple[int, int], used: Tensor | None) -> Tensor:
+        """Room for a batch of this size."""
+        if used is not None and used.shape[2:] == size:
+            return used
+        height, width = size
+        count = max(1, min(self.batch_size, BATCH_PIXELS // (height * width)))
+        return np.empty((count, 3, height, width), dtype=np.float32)
+
+    def _run(self, batch: list[_Job], tensor: Tensor | None) -> None:
+        if not batch or tensor is None:
+            return
         began = time.perf_counter()
         pictures = any(job.pictures for job in batch)
         try:
-            tensor = _tensor(batch[0]) if len(batch) == 1 else np.concatenate([_tensor(job) for job in batch])
-            outputs = self.model.judge(tensor, pictures=pictures)
+            outputs = self.model.judge(tensor[: len(batch)], pictures=pictures)
         except Exception as error:  # noqa: BLE001 - the runtime's own kinds, or no memory, carried to who asked
             self._fail(batch, error)
             return
         inference_s = time.perf_counter() - began
+        if self.model.manifest.fixed_batch is None:
+            inference_s /= len(batch)
         results = [_judged(job, outputs, index, inference_s) for index, job in enumerate(batch)]
         self._loop.call_soon_threadsafe(_settle, batch, results)
 
@@ -154,11 +191,6 @@ class Pipeline:
                     job.future.set_exception(error)
 
         self._loop.call_soon_threadsafe(fail)
-
-
-def _tensor(job: _Job) -> Tensor:
-    assert job.tensor is not None  # noqa: S101 - set before the job is ready
-    return job.tensor
 
 
 def _judged(job: _Job, outputs: Outputs, index: int, inference_s: float) -> Judged:

@@ -80,5 +80,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._version,
             threads=self._threads,
             batch_size=self._pipeline.batch_size,
+            runs=self._pipeline.runs,
             role=self._worker.role,
         )

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from vigil.types.v1 import types_pb2 as vigil_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"vigil/inference/v1/inference.proto\x12\x12vigil.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1avigil/types/v1/types.proto\"\x87\x01\n\x0ePredictRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12.\n\x07outputs\x18\x02 \x01(\x0b\x32\x1d.vigil.types.v1.OutputOptions\x12\x10\n\x08\x66rame_id\x18\x03 \x01(\t\x12\x16\n\tthreshold\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x0c\n\n_threshold\";\n\x0fPredictResponse\x12(\n\x07verdict\x18\x01 \x01(\x0b\x32\x17.vigil.types.v1.Verdict\"\x11\n\x0f\x44\x65scribeRequest\"o\n\x0cParityResult\x12\x0e\n\x06sample\x18\x01 \x01(\t\x12\x16\n\x0e\x65xpected_score\x18\x02 \x01(\x02\x12\x14\n\x0c\x61\x63tual_score\x18\x03 \x01(\x02\x12\x11\n\ttolerance\x18\x04 \x01(\x02\x12\x0e\n\x06passed\x18\x05 \x01(\x08\"\x8b\x04\n\x10\x44\x65scribeResponse\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.vigil.types.v1.ModelVersion\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62\x61tch_fixed\x18\x07 \x01(\x08\x12\x13\n\x0binput_width\x18\x08 \x01(\r\x12\x14\n\x0cinput_height\x18\t \x01(\r\x12\x19\n\x11\x64\x65\x66\x61ult_threshold\x18\n \x01(\x02\x12\x11\n\tgives_map\x18\x0b \x01(\x08\x12\x12\n\ngives_mask\x18\x0c \x01(\x08\x12\x30\n\x06parity\x18\r \x03(\x0b\x32 .vigil.inference.v1.ParityResult\x12,\n\tload_time\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cwarm_up_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x04role\x18\x10 \x01(\x0e\x32\x18.vigil.inference.v1.Role\x12\r\n\x05ready\x18\x11 \x01(\x08\x12\x10\n\x08\x61rtefact\x18\x12 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x13 \x01(\t*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_LIVE\x10\x01\x12\x12\n\x0eROLE_CANDIDATE\x10\x02\x32\xbd\x01\n\x10InferenceService\x12R\n\x07Predict\x12\".vigil.inference.v1.PredictRequest\x1a#.vigil.inference.v1.PredictResponse\x12U\n\x08\x44\x65scribe\x12#.vigil.inference.v1.DescribeRequest\x1a$.vigil.inference.v1.DescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"vigil/inference/v1/inference.proto\x12\x12vigil.inference.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1avigil/types/v1/types.proto\"\x87\x01\n\x0ePredictRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12.\n\x07outputs\x18\x02 \x01(\x0b\x32\x1d.vigil.types.v1.OutputOptions\x12\x10\n\x08\x66rame_id\x18\x03 \x01(\t\x12\x16\n\tthreshold\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x0c\n\n_threshold\";\n\x0fPredictResponse\x12(\n\x07verdict\x18\x01 \x01(\x0b\x32\x17.vigil.types.v1.Verdict\"\x11\n\x0f\x44\x65scribeRequest\"o\n\x0cParityResult\x12\x0e\n\x06sample\x18\x01 \x01(\t\x12\x16\n\x0e\x65xpected_score\x18\x02 \x01(\x02\x12\x14\n\x0c\x61\x63tual_score\x18\x03 \x01(\x02\x12\x11\n\ttolerance\x18\x04 \x01(\x02\x12\x0e\n\x06passed\x18\x05 \x01(\x08\"\x99\x04\n\x10\x44\x65scribeResponse\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.vigil.types.v1.ModelVersion\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0e\x65ngine_version\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x0f\n\x07threads\x18\x05 \x01(\r\x12\x12\n\nbatch_size\x18\x06 \x01(\r\x12\x13\n\x0b\x62\x61tch_fixed\x18\x07 \x01(\x08\x12\x13\n\x0binput_width\x18\x08 \x01(\r\x12\x14\n\x0cinput_height\x18\t \x01(\r\x12\x19\n\x11\x64\x65\x66\x61ult_threshold\x18\n \x01(\x02\x12\x11\n\tgives_map\x18\x0b \x01(\x08\x12\x12\n\ngives_mask\x18\x0c \x01(\x08\x12\x30\n\x06parity\x18\r \x03(\x0b\x32 .vigil.inference.v1.ParityResult\x12,\n\tload_time\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cwarm_up_time\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x04role\x18\x10 \x01(\x0e\x32\x18.vigil.inference.v1.Role\x12\r\n\x05ready\x18\x11 \x01(\x08\x12\x10\n\x08\x61rtefact\x18\x12 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x13 \x01(\t\x12\x0c\n\x04runs\x18\x14 \x01(\r*?\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_LIVE\x10\x01\x12\x12\n\x0eROLE_CANDIDATE\x10\x02\x32\xbd\x01\n\x10InferenceService\x12R\n\x07Predict\x12\".vigil.inference.v1.PredictRequest\x1a#.vigil.inference.v1.PredictResponse\x12U\n\x08\x44\x65scribe\x12#.vigil.inference.v1.DescribeRequest\x1a$.vigil.inference.v1.DescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vigil.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=975
-  _globals['_ROLE']._serialized_end=1038
+  _globals['_ROLE']._serialized_start=989
+  _globals['_ROLE']._serialized_end=1052
   _globals['_PREDICTREQUEST']._serialized_start=119
   _globals['_PREDICTREQUEST']._serialized_end=254
   _globals['_PREDICTRESPONSE']._serialized_start=256
@@ -44,7 +44,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARITYRESULT']._serialized_start=336
   _globals['_PARITYRESULT']._serialized_end=447
   _globals['_DESCRIBERESPONSE']._serialized_start=450
-  _globals['_DESCRIBERESPONSE']._serialized_end=973
-  _globals['_INFERENCESERVICE']._serialized_start=1041
-  _globals['_INFERENCESERVICE']._serialized_end=1230
+  _globals['_DESCRIBERESPONSE']._serialized_end=987
+  _globals['_INFERENCESERVICE']._serialized_start=1055
+  _globals['_INFERENCESERVICE']._serialized_end=1244
 # @@protoc_insertion_point(module_scope)

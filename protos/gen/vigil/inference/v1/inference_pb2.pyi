@@ -175,14 +175,16 @@ class DescribeResponse(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     ARTEFACT_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """"onnxruntime" or "openvino"."""
     engine_version: _builtins.str
     precision: _builtins.str
     """"f32", "bf16", "int8"."""
     threads: _builtins.int
+    """Of one run."""
     batch_size: _builtins.int
-    """Images a run takes; fixed where the export froze it."""
+    """Images that a run takes at most; fixed where the export froze it."""
     batch_fixed: _builtins.bool
     input_width: _builtins.int
     """Pixels; zero where the model takes any size."""
@@ -196,6 +198,8 @@ class DescribeResponse(_message.Message):
     """What serves: the runtime's name for the export itself, or the name of a variant of the bundle."""
     choice: _builtins.str
     """With `engine: auto`, what each artefact took on this node, or why it could not serve; empty without a choice."""
+    runs: _builtins.int
+    """Runs that may go on at a time."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion: ...
     @_builtins.property
@@ -226,10 +230,11 @@ class DescribeResponse(_message.Message):
         ready: _builtins.bool = ...,
         artefact: _builtins.str = ...,
         choice: _builtins.str = ...,
+        runs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time", "model", b"model", "warm_up_time", b"warm_up_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artefact", b"artefact", "batch_fixed", b"batch_fixed", "batch_size", b"batch_size", "choice", b"choice", "default_threshold", b"default_threshold", "engine", b"engine", "engine_version", b"engine_version", "gives_map", b"gives_map", "gives_mask", b"gives_mask", "input_height", b"input_height", "input_width", b"input_width", "load_time", b"load_time", "model", b"model", "parity", b"parity", "precision", b"precision", "ready", b"ready", "role", b"role", "threads", b"threads", "warm_up_time", b"warm_up_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artefact", b"artefact", "batch_fixed", b"batch_fixed", "batch_size", b"batch_size", "choice", b"choice", "default_threshold", b"default_threshold", "engine", b"engine", "engine_version", b"engine_version", "gives_map", b"gives_map", "gives_mask", b"gives_mask", "input_height", b"input_height", "input_width", b"input_width", "load_time", b"load_time", "model", b"model", "parity", b"parity", "precision", b"precision", "ready", b"ready", "role", b"role", "runs", b"runs", "threads", b"threads", "warm_up_time", b"warm_up_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -208,7 +208,7 @@ class Timing(_message.Message):
 
     @_builtins.property
     def inference(self) -> _duration_pb2.Duration:
-        """The model's run."""
+        """The model's run; of a run of several images this one's share, but of a frozen batch the whole."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
