@@ -2,10 +2,11 @@
 
     python -m tests.bench.bench [--seconds 20] [--rounds 3] [--out out/bench]
 
-The bare model is what a user would write by hand: one process that decodes, prepares and runs, one after the other. The
-whole path is client, ingest, Valkey (fsync on each write), inference, storage and ReductStore. VIGIL_BENCH_EXPORT names
-a folder with an Anomalib export to judge with; without it the built-in trainer makes a model. Rounds of both alternate,
-since a shared machine's speed drifts; each figure is the median of its rounds.
+The bare model is what a user would write by hand: one process that decodes, prepares and runs, as many images at a time
+as there are cores, which is what a worker does too. The whole path is client, ingest, Valkey (fsync on each write),
+inference, storage and ReductStore. VIGIL_BENCH_EXPORT names a folder with an Anomalib export to judge with; without it
+the built-in trainer makes a model. Rounds of both alternate, since a shared machine's speed drifts; each figure is the
+median of its rounds.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ ACCESS = {
     }
 }
 # What a worker may have in hand: so much work, for what it holds no other can take, and so many frames.
-HAND_S, HAND_AT_MOST = 0.03, 16
+HAND_S, HAND_AT_MOST = 0.16, 16
 # Images of one run: what a quick model gets through in so long, so that the first waits little for the last.
 BATCH_S, BATCH_AT_MOST = 0.016, 8
 # More runs than that of one process would wait for Python's lock, and take memory each.
