@@ -282,6 +282,27 @@ async def test_the_time_of_a_run_is_shared_by_its_images_unless_the_batch_is_fro
     assert all(one.inference_s >= RUN_S for one in found)
 
 
+async def test_one_that_stands_aside_has_one_run_at_a_time(held: tuple[Pipeline, Held]) -> None:
+    pipeline, model = held
+    first = []
+    for count in range(1, RUNS + 1):
+        first.append(asyncio.create_task(pipeline.judge(png(1), pictures=False)))
+        await until(lambda count=count: len(model.began) == count)  # type: ignore[misc]
+    pipeline.stand_aside(aside=True)
+    rest = asyncio.ensure_future(judge_all(pipeline, [png(1)] * 8))
+    await asyncio.sleep(0)
+    model.let.release(RUNS)
+    await asyncio.wait(first)
+    # That the other thread takes nothing shows only by waiting a moment.
+    await until(lambda: len(model.began) > RUNS)
+    await asyncio.sleep(0.05)
+    assert len(model.began) == RUNS + 1
+    pipeline.stand_aside(aside=False)
+    await until(lambda: len(model.began) == RUNS + 2)
+    model.let.release(100)
+    assert len(await rest) == 8
+
+
 async def test_a_run_that_breaks_is_told_to_who_asked_and_the_next_one_works(held: tuple[Pipeline, Held]) -> None:
     pipeline, model = held
     model.fail = True

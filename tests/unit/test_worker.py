@@ -41,6 +41,10 @@ class FakePipeline:
         self.judged: list[bytes] = []
         self.running = 0
         self.frame_s = 0.011
+        self.aside: bool | None = None
+
+    def stand_aside(self, *, aside: bool) -> None:
+        self.aside = aside
 
     async def judge(self, image: bytes, *, pictures: bool) -> Judged:
         self.running += 1
@@ -311,8 +315,10 @@ async def test_a_promoted_candidate_goes_on_as_live_with_every_frame_live_had_le
         await bench.admit(f"f{index}")
     async with working(bench):
         await bench.until(lambda: len(bench.shadow.emitted) == 3)
+        assert bench.pipeline.aside
         await bench.promote()
         await bench.until(lambda: len(bench.source.emitted) == 3)
+        assert not bench.pipeline.aside
     assert sorted(bench.outcomes()) == ["f0", "f1", "f2"]
 
 

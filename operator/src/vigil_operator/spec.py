@@ -95,7 +95,7 @@ class Runtime(Part):
 
     engine: Annotated[
         Literal["auto", "onnxruntime", "openvino"],
-        Field(description="Which runtime; auto takes the first that the bundle has an artefact for."),
+        Field(description="Which runtime; auto takes what is the fastest here of all that hold their parity."),
     ] = "auto"
     precision: Annotated[
         Literal["f32", "bf16"],
@@ -103,7 +103,10 @@ class Runtime(Part):
     ] = "f32"
     threads: Annotated[int, Field(ge=1, le=256, description="Threads of one run.")] = 1
     runs: Annotated[
-        int, Field(ge=0, le=64, description="Runs at a time in one worker; 0: as many as its CPUs allow.")
+        int,
+        Field(
+            ge=0, le=64, description="Runs at a time in a worker; 0: as many as its CPUs allow. A candidate has one."
+        ),
     ] = 0
     batch_size: Annotated[
         int, Field(ge=0, le=256, description="Most images of one run; 0: as many as take a few milliseconds.")

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,18 +74,29 @@ class Pipeline:
     runs: int = 1
     _asked: queue.SimpleQueue[_Job | None] = field(default_factory=queue.SimpleQueue)
     _threads: list[threading.Thread] = field(default_factory=list)
+    _many: threading.Event = field(default_factory=threading.Event)
     _loop: asyncio.AbstractEventLoop = field(init=False)
 
     def start(self) -> None:
         """Start the threads; call from the loop that will ask."""
         self._loop = asyncio.get_running_loop()
+        self.stand_aside(aside=False)
         for index in range(self.runs):
-            self._threads.append(threading.Thread(target=self._work, name=f"judge-{index}", daemon=True))
+            work = partial(self._work, helps=index > 0)
+            self._threads.append(threading.Thread(target=work, name=f"judge-{index}", daemon=True))
         for thread in self._threads:
             thread.start()
 
+    def stand_aside(self, *, aside: bool) -> None:
+        """Have one run at a time, or again all; a thread that waits for images now still takes some once."""
+        if aside:
+            self._many.clear()
+        else:
+            self._many.set()
+
     async def close(self) -> None:
         """Let what is under way end."""
+        self.stand_aside(aside=False)
         for _ in self._threads:
             self._asked.put(None)
         for thread in self._threads:
@@ -100,9 +112,13 @@ class Pipeline:
         self._asked.put(job)
         return await job.future
 
-    def _work(self) -> None:
+    def _work(self, *, helps: bool) -> None:
         tensor: Tensor | None = None
-        while jobs := self._take():
+        while True:
+            if helps:
+                self._many.wait()
+            if not (jobs := self._take()):
+                return
             tensor = self._judge_all(jobs, tensor)
 
     def _take(self) -> list[_Job]:
@@ -114,7 +130,7 @@ class Pipeline:
         if first is None:
             return []
         jobs = [first]
-        share = self.runs if self.model.manifest.fixed_batch is None else 1
+        share = self.runs if self.model.manifest.fixed_batch is None and self._many.is_set() else 1
         for _ in range(min(self.batch_size - 1, self._asked.qsize() // share)):
             try:
                 job = self._asked.get_nowait()

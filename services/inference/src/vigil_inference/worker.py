@@ -191,6 +191,8 @@ class Worker:
 
     def _become(self, role: Role) -> None:
         self._role = role
+        # On a shared node live needs the other cores.
+        self._pipeline.stand_aside(aside=role is Role.CANDIDATE)
         if role is Role.LIVE:
             self._promoted.set()
         else:
