@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 from vigil_common.bundle import open_bundle
+from vigil_inference.bootstrap import cpus
 
 from tests.bench.bench import arrivals
 
@@ -47,7 +47,7 @@ def main() -> None:
 
     for image in images[:WARM_UP]:
         judge(image)
-    threads = len(os.sched_getaffinity(0))
+    threads = cpus()
     latencies: list[float] = []
     began = time.monotonic()
 

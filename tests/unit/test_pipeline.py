@@ -282,6 +282,25 @@ async def test_the_time_of_a_run_is_shared_by_its_images_unless_the_batch_is_fro
     assert all(one.inference_s >= RUN_S for one in found)
 
 
+async def test_the_run_of_others_is_no_part_of_an_images_decoding(tmp_path: Path) -> None:
+    model = Held(LoadedModel(bundle(), tmp_path))
+    made = Pipeline(model, max_pixels=10_000, batch_size=4)  # type: ignore[arg-type]
+    made.start()
+    first = asyncio.create_task(made.judge(png(1), pictures=False))
+    await until(lambda: len(model.began) == 1)
+    rest = asyncio.ensure_future(judge_all(made, [png(1), png(1, (10, 4))]))
+    await asyncio.sleep(0)
+    model.let.release()
+    await until(lambda: len(model.began) == 2)
+    await asyncio.sleep(RUN_S)
+    model.let.release(100)
+    _, other_size = await rest
+    await first
+    await made.close()
+    assert model.began == [1, 1, 1]
+    assert other_size.decode_s < RUN_S
+
+
 async def test_one_that_stands_aside_has_one_run_at_a_time(held: tuple[Pipeline, Held]) -> None:
     pipeline, model = held
     first = []

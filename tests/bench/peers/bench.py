@@ -3,14 +3,15 @@
     python -m tests.bench.peers.bench [--seconds 4] [--rounds 3] [--minutes 24] [--in-flight 1 8 64] [--peers ...]
 
 In each round every server runs alone, started for it, in an order that turns. Vigil logs each frame durably; the others
-keep nothing. "vigil" is the way to the verdict, with the same f32 graph in ONNX Runtime as the peers have: the storage
-service, which no verdict waits for, is started after each load and takes the frames from the log. In "vigil-stored" it
-works beside the load, so that its CPU is part of the figures. "vigil-auto" is "vigil" with what `engine: auto` takes of
-the variants that `vigil model optimise` makes. Each peer lives in an environment that uv makes for its script; one that
-can't be had, or does not come up in time, is named in the table with the reason. In the first round each is killed
-under load: Vigil's worker and ingest, which are started again as Kubernetes would, and all processes of a peer. What
-was asked and got an error or no answer is lost; only Vigil's client asks again. A model's round that would not end
-within the minutes is not begun, and what has been measured so far is written after each server.
+keep nothing. Each judges as many images at a time as there are cores, one thread each. "vigil" is the way to the
+verdict, with the same f32 graph in ONNX Runtime as the peers have: the storage service, which no verdict waits for, is
+started after each load and takes the frames from the log. In "vigil-stored" it works beside the load, so that its CPU
+is part of the figures. "vigil-auto" is "vigil" with what `engine: auto` takes of the variants that `vigil model
+optimise` makes. Each peer lives in an environment that uv makes for its script; one that can't be had, or does not come
+up in time, is named in the table with the reason. In the first round each is killed under load: Vigil's worker and
+ingest, which are started again as Kubernetes would, and all processes of a peer. What was asked and got an error or no
+answer is lost; only Vigil's client asks again. A model's round that would not end within the minutes is not begun, and
+what has been measured so far is written after each server.
 VIGIL_BENCH_EXPORT names folders with Anomalib exports, parted by ":"; the built-in trainer's model is always measured.
 """
 
@@ -34,6 +35,7 @@ import numpy as np
 import uvloop
 from vigil_cli.local.stack import StackError
 from vigil_common.bundle import open_bundle, pack
+from vigil_inference.bootstrap import cpus
 from vigil_trainer import import_export, train
 from vigil_trainer.graphs import run_graphs
 from vigil_trainer.optimise import optimise
@@ -151,7 +153,7 @@ class Comparison:
             "PEER_INPUT": manifest.input.name,
             "PEER_SCORE": manifest.outputs.score,
             "PEER_BATCH": str(manifest.fixed_batch or 1),
-            "PEER_WORKERS": str(len(os.sched_getaffinity(0))),
+            "PEER_WORKERS": str(cpus()),
         }
 
     async def round(self, number: int) -> AsyncIterator[None]:

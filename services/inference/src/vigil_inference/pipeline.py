@@ -161,9 +161,12 @@ class Pipeline:
                 pixels = decode(job.image, max_pixels=self.max_pixels)
                 size = tensor_size(pixels, self.model.manifest.input)
                 if tensor is None or tensor.shape[2:] != size or len(batch) == len(tensor):
+                    decoded = time.perf_counter()
                     self._run(batch, tensor)
                     batch = []
-                    tensor = self._tensor(size, tensor)
+                    began += time.perf_counter() - decoded  # the others' run is no part of this one's decoding
+                    if tensor is None or tensor.shape[2:] != size:
+                        tensor = self._room(size)
                 to_tensor(pixels, self.model.manifest.input, out=tensor[len(batch)])
             except Exception as error:  # noqa: BLE001 - carried to who asked
                 self._fail([job], error)
@@ -176,10 +179,8 @@ class Pipeline:
         # One image as large as that is not held until the next comes.
         return tensor if tensor is not None and tensor[0, 0].size <= BATCH_PIXELS else None
 
-    def _tensor(self, size: tuple[int, int], used: Tensor | None) -> Tensor:
-        """Room for a batch of this size."""
-        if used is not None and used.shape[2:] == size:
-            return used
+    def _room(self, size: tuple[int, int]) -> Tensor:
+        """For a batch of this size."""
         height, width = size
         count = max(1, min(self.batch_size, BATCH_PIXELS // (height * width)))
         return np.empty((count, 3, height, width), dtype=np.float32)

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 FRAMES = Counter("vigil_inference_frames_total", "Frames by how judging them ended", ["outcome"])
 INFERENCE = Histogram(
-    "vigil_inference_run_seconds", "The model's run", buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+    "vigil_inference_run_seconds",
+    "The model's run, or an image's share of it",
+    buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2),
 )
 QUEUED = Histogram(
     "vigil_inference_queue_seconds",
