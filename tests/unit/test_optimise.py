@@ -173,6 +173,29 @@ def test_other_resizes_stay(shape: list[int | str], how: dict[str, Any]) -> None
     assert [node.op_type for node in module.resized_by_products(model).graph.node] == ["Resize"]
 
 
+def test_where_sums_saturate_weights_have_seven_bits(
+    trained: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = np.random.default_rng(2)
+    weights = source.normal(size=(8, 3, 3, 3)).astype(np.float32)
+    model = graph_of(
+        helper.make_node("Conv", ["x", "weights"], ["y"], pads=[1, 1, 1, 1]),
+        shape=[1, 3, 16, 16], wanted=[1, 8, 16, 16], weights=weights,
+    )  # fmt: skip
+    manifest = trained.manifest.model_copy(update={"input": trained.manifest.input.model_copy(update={"name": "x"})})
+    images = [source.normal(size=(1, 3, 16, 16)).astype(np.float32) for _ in range(8)]
+    most = {}
+    for saturate in (True, False):
+        monkeypatch.setattr(module, "sums_saturate", lambda: saturate)  # noqa: B023 - called in this round
+        path = tmp_path / str(saturate) / trained.manifest.artefacts["onnxruntime"].path
+        path.parent.mkdir(parents=True)
+        onnx.save(model, path)
+        (made,) = module._onnx_int8(tmp_path / str(saturate), manifest, images)
+        known = [numpy_helper.to_array(one) for one in onnx.load(made).graph.initializer]
+        most[saturate] = max(np.abs(one.astype(int)).max() for one in known if one.shape == weights.shape)
+    assert most == {True: 64, False: 127}
+
+
 def test_between_two_quantised_convolutions_nothing_is_turned_to_f32_and_back(trained: Bundle, tmp_path: Path) -> None:
     source = np.random.default_rng(2)
     nodes = [
