@@ -9,12 +9,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from vigil_common.bundle import Bundle, open_bundle, pack
 from vigil_common.errors import InvalidBundle, InvalidInput
 from vigil_inference.model import LoadedModel
 from vigil_trainer import TrainResult, import_export, train
+from vigil_trainer.features import line_kernels, shifted
 
 from tests.support.cells import load_cells
 
@@ -72,6 +74,19 @@ def test_the_graph_keeps_the_contract_of_anomalib_for_any_size_and_batch() -> No
     assert (mask == (picture >= 0.5)).all()
     alone = [model.run(["pred_score"], {"input": batch[i : i + 1]})[0][0] for i in range(3)]
     assert score == pytest.approx(alone, abs=1e-5)
+
+
+def test_kernels_side_by_side_find_what_they_find_one_by_one() -> None:
+    kernels = line_kernels()
+    size = kernels.shape[-1]
+    pixels = np.random.default_rng(0).random((size + 5, size + 5), dtype=np.float32)
+    one_by_one = np.einsum("yxij,kij->kyx", sliding_window_view(pixels, (size, size)), kernels[:, 0])
+    wide = sliding_window_view(pixels, (size + 1, size + 1))[::2, ::2]
+    found = np.einsum("yxij,kij->kyx", wide, shifted(kernels, 2)[:, 0])
+    places = found.reshape(2, 2, len(kernels), 3, 3)
+    for y in range(2):
+        for x in range(2):
+            assert places[y, x] == pytest.approx(one_by_one[:, y::2, x::2], abs=1e-5)
 
 
 def test_parity_samples_score_as_the_bundle_says() -> None:

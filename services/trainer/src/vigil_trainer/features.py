@@ -22,7 +22,7 @@ INPUT = "input"
 OPSET, IR_VERSION = 18, 9
 SCALES = 3
 ORIENTATIONS = 6
-LANES = 16
+SIDE_BY_SIDE = 2
 LINE_WIDTH, LINE_LENGTH, KERNEL = 1.2, 3.5, 11
 _EPSILON = 1e-3
 _DARKEST = 0.05
@@ -59,12 +59,6 @@ class Graph:
         """Add a pooling over squares side by side."""
         return self.add(kind, value, kernel_shape=[size, size], strides=[size, size])
 
-    def split(self, value: str, sizes: list[int]) -> list[str]:
-        """Add parts of the channels."""
-        names = [f"node_{len(self._nodes)}_{part}" for part in range(len(sizes))]
-        self._nodes.append(helper.make_node("Split", [value, self.constant(np.array(sizes))], names, axis=1))
-        return names
-
     def largest(self, value: str, count: int) -> str:
         """Add the largest values along the last axis."""
         name = f"node_{len(self._nodes)}"
@@ -96,30 +90,57 @@ def add_features(graph: Graph) -> str:
     image = graph.add("Resize", INPUT, "", "", sizes, mode="linear", antialias=1, axes=[2, 3])
     grey = graph.reduce("ReduceMean", image, 1)
     brightness = graph.add("Add", graph.reduce("ReduceMean", grey, 2, 3), graph.scalar(_EPSILON))
-    level = graph.add("Div", grey, brightness)
     cell = SIZE // GRID
-    shade = graph.add("Add", graph.pool("AveragePool", level, cell), graph.scalar(_DARKEST))
-    tint = graph.add("Div", graph.add("Sub", image, grey), brightness)
-    features = [graph.add("Log", shade), graph.pool("AveragePool", tint, cell)]
-    # Dark lines, bright lines, and nothing up to the channels that runtimes compute at once: all that costs what one
-    # filter does, and pooling stays in their own layout.
-    dark = line_kernels()
-    parts = [ORIENTATIONS, ORIENTATIONS, -2 * ORIENTATIONS % LANES]
-    kernels = graph.constant(np.concatenate([dark, -dark, np.zeros((parts[-1], *dark.shape[1:]), dtype=np.float32)]))
+    colour = graph.pool("AveragePool", image, cell)
+    shade = graph.reduce("ReduceMean", colour, 1)
+    tint = graph.add("Div", graph.add("Sub", colour, shade), brightness)
+    features = [
+        graph.add("Log", graph.add("Add", graph.add("Div", shade, brightness), graph.scalar(_DARKEST))),
+        tint,
+    ]
+    level = graph.add("Div", grey, brightness)
     for scale in range(SCALES):
         if scale:
             level = graph.pool("AveragePool", level, 2)
             cell //= 2
-        border = KERNEL // 2
-        pads = graph.constant(np.array([0, 0, border, border, 0, 0, border, border]))
-        lines = graph.add("Relu", graph.add("Conv", graph.add("Pad", level, pads, mode="reflect"), kernels))
-        strength = graph.reduce("ReduceSum", graph.pool("AveragePool", lines, cell), 1)
-        # A noisy picture answers every filter: what counts is how far a line stands out of its own picture.
-        usual = graph.add("Add", graph.reduce("ReduceMean", strength, 2, 3), graph.scalar(_EPSILON))
-        darkest, bright, _ = graph.split(graph.pool("MaxPool", lines, cell), parts)
-        brightest = graph.reduce("ReduceMax", bright, 1)
-        features += [graph.add("Div", value, usual) for value in (darkest, brightest, strength)]
+        features += _line_features(graph, level, cell)
     return graph.add("Concat", *features, axis=1)
+
+
+def _line_features(graph: Graph, level: str, cell: int) -> list[str]:
+    """How dark in each direction, how bright, and how strong the lines are in each square of `cell` x `cell`."""
+    border = KERNEL // 2
+    padded = graph.add("Pad", level, graph.constant(np.array([0, 0, border, border, 0, 0, border, border])),
+                       mode="reflect")  # fmt: skip
+    step = min(cell, SIDE_BY_SIDE)
+    lines = graph.add("Conv", padded, graph.constant(shifted(line_kernels(), step)), strides=[step, step])
+
+    def over_cell(kind: str, value: str) -> str:
+        return graph.pool(kind, value, cell // step) if cell > step else value
+
+    by_place = graph.constant(np.array([0, step * step, ORIENTATIONS, GRID, GRID]))
+    darkest = graph.reduce("ReduceMax", graph.add("Reshape", over_cell("MaxPool", lines), by_place), 1, keepdims=0)
+    brightest = over_cell("MaxPool", graph.add("Neg", graph.reduce("ReduceMin", lines, 1)))
+    per_kernel = over_cell("AveragePool", graph.reduce("ReduceMean", graph.add("Abs", lines), 1))
+    strength = graph.add("Mul", per_kernel, graph.scalar(ORIENTATIONS))
+    # A noisy picture answers every filter: what counts is how far a line stands out of its own picture.
+    usual = graph.add("Add", graph.reduce("ReduceMean", strength, 2, 3), graph.scalar(_EPSILON))
+    found = graph.add("Relu", darkest), graph.add("Relu", brightest), strength
+    return [graph.add("Div", value, usual) for value in found]
+
+
+def shifted(kernels: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+    """Each kernel at each place of a square of `step` x `step`, [step * step * count, 1, size, size].
+
+    A convolution by them with that stride computes neighbours side by side, as channels: the same numbers, but the
+    runtime's lanes are full and each pixel is read less often.
+    """
+    size = kernels.shape[-1] + step - 1
+    found = np.zeros((step, step, len(kernels), 1, size, size), dtype=np.float32)
+    for y in range(step):
+        for x in range(step):
+            found[y, x, ..., y : y + kernels.shape[-2], x : x + kernels.shape[-1]] = kernels
+    return found.reshape(-1, 1, size, size)
 
 
 def line_kernels() -> NDArray[np.float32]:

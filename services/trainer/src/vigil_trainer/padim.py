@@ -79,11 +79,12 @@ def write_graph(gaussians: Gaussians, scale: Scale) -> bytes:
     whitened = graph.add("MatMul", difference, graph.constant(gaussians.whitening))
     squares = graph.reduce("ReduceMean", graph.add("Mul", whitened, whitened), 2, keepdims=0)
     distances = graph.add("Transpose", graph.add("Sqrt", squares), perm=[1, 0])
-    top = graph.largest(distances, TOP)
-    _add_scaled(graph, graph.reduce("ReduceMean", top, 1, keepdims=0), scale, SCORE, LABEL)
-    grid = graph.add("Reshape", distances, graph.constant(np.array([0, 1, GRID, GRID])))
+    top = _scaled(graph, graph.reduce("ReduceMean", graph.largest(distances, TOP), 1, keepdims=0), scale)
+    _add_judged(graph, top, SCORE, LABEL)
+    # Scaled on the small grid: a logarithm of every pixel would take longer.
+    grid = graph.add("Reshape", _scaled(graph, distances, scale), graph.constant(np.array([0, 1, GRID, GRID])))
     sizes = graph.constant(np.array([SIZE, SIZE]))
-    _add_scaled(graph, graph.add("Resize", grid, "", "", sizes, mode="linear", axes=[2, 3]), scale, MAP, MASK)
+    _add_judged(graph, graph.add("Resize", grid, "", "", sizes, mode="linear", axes=[2, 3]), MAP, MASK)
     picture: list[str | int] = ["batch", 1, SIZE, SIZE]
     return graph.serialize(
         {
@@ -95,10 +96,14 @@ def write_graph(gaussians: Gaussians, scale: Scale) -> bytes:
     )
 
 
-def _add_scaled(graph: Graph, distance: str, scale: Scale, score: str, label: str) -> None:
+def _scaled(graph: Graph, distance: str, scale: Scale) -> str:
+    """Add what makes scores of distances, 0.5 at the threshold, and not yet cut to 0 to 1."""
     raw = graph.add("Log", graph.add("Max", distance, graph.scalar(_LEAST_DISTANCE)))
     above = graph.add("Sub", raw, graph.scalar(scale.threshold))
     centred = graph.add("Div", above, graph.scalar(scale.maximum - scale.minimum))
-    half = graph.scalar(0.5)
-    graph.add("Clip", graph.add("Add", centred, half), graph.scalar(0), graph.scalar(1), output=score)
-    graph.add("GreaterOrEqual", score, half, output=label)
+    return graph.add("Add", centred, graph.scalar(0.5))
+
+
+def _add_judged(graph: Graph, scaled: str, score: str, label: str) -> None:
+    graph.add("Clip", scaled, graph.scalar(0), graph.scalar(1), output=score)
+    graph.add("GreaterOrEqual", score, graph.scalar(0.5), output=label)
