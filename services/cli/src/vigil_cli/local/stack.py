@@ -277,7 +277,8 @@ class LocalStack:
         config.touch(mode=0o600)
         config.write_text(f"requirepass {password}\n" if password else "")
         command = [str(get_binary_path()), str(config), "--dir", str(data), *settings.split(), *limits.split()]
-        command += ["--save", ""]
+        # Encoded images do not get smaller, and its log, which grows by each of them, is written anew less often.
+        command += ["--save", "", "--rdbcompression", "no", "--auto-aof-rewrite-min-size", "256mb"]
         self._add(_VALKEY, command, dict(os.environ))
 
     def _add_reductstore(self, binary: Path) -> None:
