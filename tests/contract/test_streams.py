@@ -252,6 +252,67 @@ async def test_a_removed_model_stays_listed_while_it_has_frames(streams: Streams
     assert await streams.routing.models() == [M]
 
 
+async def test_frames_that_come_together_are_each_answered_in_their_order(streams: Streams) -> None:
+    await admit(streams, "old")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, "old")])
+    small = b"x" * 10
+    asked = [admit(streams, f"f{index}", image=small) for index in range(12)]
+    asked += [admit(streams, "f3", image=small, to="me"), admit(streams, "f3", sha=b"other"), admit(streams, "old")]
+    asked += [admit(streams, "large", image=b"x" * 5000), admit(streams, "last", image=small)]
+    states = [found.state for found in await asyncio.gather(*asked)]
+    assert states == [
+        *[Admission.ADMITTED] * 12,
+        *(Admission.PENDING, Admission.REUSED, Admission.JUDGED),
+        *(Admission.FULL, Admission.ADMITTED),
+    ]
+    frames = await source.read(count=100, block_ms=100)
+    assert [(frame.image, frame.header) for frame in frames] == [(small, b"h")] * 13
+    assert (await streams.queue.depth(M)).image_bytes == 1513 + 13 * 523
+    await source.emit([emission(frame.entry_id, f"f{index}") for index, frame in enumerate(frames[:12])])
+    assert (await streams.queue.read_replies(M, "me", "0", block_ms=100))[1] == [b"verdict"]
+
+
+async def test_one_run_of_the_script_takes_several_small_frames_and_few_large_ones(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await admit(streams, "first")
+
+    async def runs(images: list[bytes]) -> int:
+        server.ask("CONFIG", "RESETSTAT")
+        await asyncio.gather(*(admit(streams, f"{len(image)}-{at}", image=image) for at, image in enumerate(images)))
+        return int(server.ask("INFO", "commandstats").partition("cmdstat_evalsha:calls=")[2].partition(",")[0])
+
+    assert await runs([b"x" * 1000] * 40) == 3
+    assert await runs([b"x" * 400_000] * 5) == 3
+    assert (await streams.queue.depth(M)).frames == 46
+    await streams.close()
+    server.stop()
+
+
+async def test_over_the_servers_memory_nothing_is_written_and_what_is_known_is_still_said(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await admit(streams, "judged")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, "judged")])
+    await admit(streams, "pending")
+
+    async def states() -> list[Admission]:
+        asked = (admit(streams, "pending", to="me"), admit(streams, "judged"), admit(streams, "new"))
+        return [found.state for found in await asyncio.gather(*asked)]
+
+    server.ask("CONFIG", "SET", "maxmemory", "1")
+    assert await states() == [Admission.FULL, Admission.JUDGED, Admission.FULL]
+    assert (await streams.queue.depth(M)).frames == 2
+    server.ask("CONFIG", "SET", "maxmemory", "0")
+    assert await states() == [Admission.PENDING, Admission.JUDGED, Admission.ADMITTED]
+    await streams.close()
+    server.stop()
+
+
 async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: Path) -> None:
     server = ValkeyProcess(tmp_path / "valkey").start()
     streams = await RedisStreams.connect(server.url)

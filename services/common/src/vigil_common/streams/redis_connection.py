@@ -33,6 +33,8 @@ SHADOW = "shadow"
 STORAGE = "storage"
 # Storage has one owner at a time, so its consumer has one name and finds its own pending entries again.
 OWNER = "owner"
+# Calls that share a round trip, and those that share one run of a script, in which the server does nothing else.
+EACH_AT_MOST, CALL_AT_MOST, CALL_BYTES = 64, 16, 1 << 20
 # What a server says that can't serve now: in a failover, while its disk is full, without its replicas.
 AWAY = ("READONLY", "UNBLOCKED", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 
@@ -86,13 +88,64 @@ def prefix(model: str) -> str:
     return f"vigil:{{{model}}}:"
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Keys and arguments that a script has for all that it is given."""
+
+    keys: tuple[str, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Each:
+    script: Script
+    shared: Shared
+    key: str
+    arguments: Sequence[Any]
+    future: asyncio.Future[Any]
+
+
+def _grouped(waiting: Sequence[_Each]) -> list[list[_Each]]:
+    """What may go into one call, and does not keep the server busy for long."""
+    groups: list[list[_Each]] = []
+    open_groups: dict[tuple[str, Shared], tuple[list[_Each], int]] = {}
+    for each in waiting:
+        size = sum(len(value) for value in each.arguments if isinstance(value, bytes))
+        group, held = open_groups.get((each.script.sha, each.shared), ([], 0))
+        if not group or len(group) == CALL_AT_MOST or held + size > CALL_BYTES:
+            group, held = [], 0
+            groups.append(group)
+        group.append(each)
+        open_groups[each.script.sha, each.shared] = group, held + size
+    return groups
+
+
+def _call(group: Sequence[_Each]) -> tuple[Any, ...]:
+    """The script, and what follows it in EVALSHA."""
+    script, shared = group[0].script, group[0].shared
+    keys = [*shared.keys, *(each.key for each in group)]
+    return script, len(keys), *keys, *shared.arguments, *(value for each in group for value in each.arguments)
+
+
+def _settle(group: Sequence[_Each], result: Any) -> None:
+    """Each its part of the answer, or all the error."""
+    error = unavailable(result) if isinstance(result, BaseException) and away(result) else result
+    for index, each in enumerate(group):
+        if each.future.done():
+            continue
+        if isinstance(error, BaseException):
+            each.future.set_exception(error)
+        else:
+            each.future.set_result(error[index])
+
+
 class Connection:
     """Commands and scripts on one node or a cluster; concurrent script calls travel together."""
 
     def __init__(self, client: aredis.Redis | RedisCluster) -> None:
         self.client: Any = client
         self.clustered = isinstance(client, RedisCluster)
-        self._waiting: list[tuple[Script, list[str], list[Any], asyncio.Future[Any]]] = []
+        self._waiting: list[_Each] = []
         self._flusher: asyncio.Task[None] | None = None
         # Connections that nobody uses at the moment; on one node.
         self._idle: list[Any] = []
@@ -159,37 +212,42 @@ class Connection:
             except NoScriptError:
                 return await self._execute("EVAL", script.source, len(keys), *keys, *arguments)
 
-    async def batched_script(self, script: Script, keys: list[str], arguments: list[Any]) -> Any:
-        """As `script`, but calls made while one is under way share the next round trip (and its fsync)."""
+    async def script_on_each(self, script: Script, shared: Shared, key: str, arguments: Sequence[Any]) -> Any:
+        """A script's answer for one of the things it is given many of.
+
+        Calls made while one is under way share the next round trip (and its fsync), and those of one `shared` a call.
+
+        Args:
+            script: Takes the shared keys, then one of each thing; the shared arguments, then those of each thing; and
+                answers with a list, one element for each thing.
+            shared: Keys and arguments of all.
+            key: The thing's.
+            arguments: The thing's.
+        """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((script, keys, arguments, future))
+        self._waiting.append(_Each(script, shared, key, arguments, future))
         if self._flusher is None or self._flusher.done():
             self._flusher = asyncio.create_task(self._flush())
         return await future
 
     async def _flush(self) -> None:
         while self._waiting:
-            batch, self._waiting = self._waiting[:64], self._waiting[64:]
+            batch, self._waiting = self._waiting[:EACH_AT_MOST], self._waiting[EACH_AT_MOST:]
+            groups = _grouped(batch)
+            calls = [_call(group) for group in groups]
+            results: Sequence[Any]
             try:
-                with translated():
-                    results = await self.commands([("EVALSHA", s.sha, len(k), *k, *a) for s, k, a, _ in batch])
-            except Unavailable as error:
-                results = [error] * len(batch)
-            for (script, keys, arguments, future), result in zip(batch, results, strict=True):
+                results = await self.commands([("EVALSHA", script.sha, *rest) for script, *rest in calls])
+            except Exception as error:  # noqa: BLE001 - carried to who asked
+                results = [error] * len(groups)
+            for group, (script, *rest), result in zip(groups, calls, results, strict=True):
                 final = result
                 if isinstance(result, NoScriptError):
                     try:
-                        final = await self.script(script, keys, arguments)
-                    except (Unavailable, RedisError) as error:
+                        final = await self._execute("EVAL", script.source, *rest)
+                    except Exception as error:  # noqa: BLE001 - likewise
                         final = error
-                if future.done():
-                    continue
-                if isinstance(final, BaseException) and away(final):
-                    final = unavailable(final)
-                if isinstance(final, BaseException):
-                    future.set_exception(final)
-                else:
-                    future.set_result(final)
+                _settle(group, final)
 
     async def ensure_groups(self, model: str) -> None:
         """Create the groups that nothing goes on without, from the very beginning of their streams."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import ResponseError
 
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
@@ -17,6 +17,7 @@ from vigil_common.streams.redis_connection import (
     STORAGE,
     Connection,
     Script,
+    Shared,
     entries_of,
     fields_of,
     prefix,
@@ -55,26 +56,11 @@ class RedisFrameQueue:
             await self._connection.ensure_groups(model)
             self._ensured.add(model)
         start = prefix(model)
-        try:
-            reply = await self._connection.batched_script(
-                ADMIT,
-                [f"{start}frames", f"{start}budget", f"{start}frame:{frame_id}"],
-                [
-                    sha256,
-                    header,
-                    image,
-                    reply_to,
-                    len(header) + len(image) + ENTRY_OVERHEAD_BYTES,
-                    self._budget_bytes,
-                    self._inflight_ttl_s,
-                ],
-            )
-        except OutOfMemoryError:
-            return Admitted(Admission.FULL)
-        except ResponseError as error:
-            if "used memory" in str(error):
-                return Admitted(Admission.FULL)
-            raise
+        shared = Shared((f"{start}frames", f"{start}budget"), (self._budget_bytes, self._inflight_ttl_s))
+        size = len(header) + len(image) + ENTRY_OVERHEAD_BYTES
+        reply = await self._connection.script_on_each(
+            ADMIT, shared, f"{start}frame:{frame_id}", (sha256, header, image, reply_to, size)
+        )
         return Admitted(Admission(reply[0].decode()), reply[1] if len(reply) > 1 else None)
 
     async def read_replies(self, model: str, reply_to: str, after: str, *, block_ms: int) -> tuple[str, list[bytes]]:

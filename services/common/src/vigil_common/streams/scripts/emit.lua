@@ -5,7 +5,7 @@
 -- outcome), dead_reason, compared ('' where it is the outcome).
 -- While a candidate is compared, a copy goes to shadow, of sampled frames admitted since then: what is compared is
 -- decided here, in the same step, so that both sides agree on it. It is numbered, so that what falls off shows as a gap.
-local first = {}
+local first, expiring = {}, {}
 local compared = redis.call('HMGET', ARGV[1] .. 'routing', 'comparison', 'compared_from', 'sample_fraction')
 local from_ms, from_seq
 if compared[1] then from_ms, from_seq = string.match(compared[2], '^(%d+)-(%d+)$') end
@@ -27,13 +27,12 @@ for i = 4, #ARGV, 6 do
     local frame = ARGV[1] .. 'frame:' .. frame_id
     local known = redis.call('HMGET', frame, 'd', 'r')
     if known[1] then
-      redis.call('HDEL', frame, 's')
-      if reply == '' then redis.call('HSET', frame, 'v', outcome) end
+      if reply == '' then redis.call('HSET', frame, 'v', outcome) else redis.call('HDEL', frame, 's') end
       redis.call('EXPIRE', frame, ARGV[2])
       if known[2] and known[2] ~= '' then
         local replies = ARGV[1] .. 'replies:' .. known[2]
         redis.call('XADD', replies, 'MAXLEN', '~', 1000, '*', 'o', reply == '' and outcome or reply)
-        redis.call('EXPIRE', replies, 3600)
+        expiring[replies] = true
       end
     end
     if shown(entry, frame_id) then
@@ -43,4 +42,5 @@ for i = 4, #ARGV, 6 do
     end
   end
 end
+for replies in pairs(expiring) do redis.call('EXPIRE', replies, 3600) end
 return first
