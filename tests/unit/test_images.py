@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from vigil_common import pixels
 from vigil_common.bundle import ModelInput
 from vigil_common.errors import InvalidInput
-from vigil_common.images import ImageInfo, inspect
+from vigil_common.images import ImageInfo, inspect, plain_png
 from vigil_common.pixels import decode, to_tensor
 
 if TYPE_CHECKING:
@@ -80,6 +80,61 @@ def test_a_png_comes_out_as_pillow_decodes_it(data: bytes) -> None:
     expected = Image.open(io.BytesIO(data))
     assert expected.mode in {"L", "RGB"}
     assert np.array_equal(read(data), np.asarray(expected))
+
+
+def with_chunks(data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with more chunks after its header."""
+    added = b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+    return data[:33] + added + data[33:]
+
+
+GAMMA = (b"gAMA", struct.pack(">I", 45_455))
+
+
+@pytest.mark.parametrize(
+    ("data", "mode"),
+    [
+        (saved(NOISE, "PNG"), "RGB"),
+        (saved(NOISE.convert("L"), "PNG"), "L"),
+        (saved(NOISE, "PNG", dpi=(72, 72)), "RGB"),
+        (with_chunks(saved(NOISE, "PNG"), GAMMA, (b"tIME", bytes(7))), "RGB"),
+    ],
+    ids=["colour", "grey", "resolution", "gamma"],
+)
+def test_a_plain_png_is_known_by_its_first_bytes(data: bytes, mode: str) -> None:
+    assert plain_png(data, max_bytes=1 << 20, max_pixels=MAX_PIXELS) == (*NOISE.size, mode)
+    assert np.array_equal(read(data), np.asarray(Image.open(io.BytesIO(data))))
+    with pytest.raises(InvalidInput, match="pixels"):
+        plain_png(data, max_bytes=1 << 20, max_pixels=NOISE.width * NOISE.height - 1)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        saved(NOISE, "JPEG"),
+        with_chunks(saved(NOISE, "PNG"), (b"eXIf", b"MM\0*")),
+        saved(NOISE, "PNG", transparency=(1, 2, 3)),
+        saved(NOISE.convert("RGBA"), "PNG"),
+        saved(NOISE.convert("P"), "PNG"),
+        with_chunks(saved(NOISE, "PNG"), (b"acTL", struct.pack(">II", 2, 0))),
+        with_chunks(saved(NOISE, "PNG"), (b"tEXt", b"Raw profile type exif\0")),
+        with_chunks(saved(NOISE, "PNG"), *[GAMMA] * 9),
+        saved(NOISE, "PNG")[:20] + b"\1" + saved(NOISE, "PNG")[21:],
+        png(2, 0, b"\x1b"),
+        png(16, 2, bytes(range(24))),
+        saved(NOISE, "PNG")[:35],
+        b"\x89PNG",
+    ],
+    ids=[
+        "jpeg", "turned", "see-through", "alpha", "palette", "animated", "profile", "many-chunks", "checksum",
+        "two-bits", "deep", "cut", "start",
+    ],
+)  # fmt: skip
+def test_what_may_mean_more_is_left_to_pillow(data: bytes) -> None:
+    assert plain_png(data, max_bytes=1 << 20, max_pixels=MAX_PIXELS) is None
 
 
 def test_pillow_reads_a_png_that_the_quick_decoder_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vigil_common.errors import InvalidInput
-from vigil_common.images import open_header, orientation, upright
+from vigil_common.images import open_header, orientation, plain_png, upright
 
 if TYPE_CHECKING:
     from vigil_common.bundle import ModelInput
@@ -41,13 +41,18 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
     Raises:
         InvalidInput: As `vigil_common.images.open_header`, or IMAGE_TRUNCATED.
     """
+    plain = plain_png(data, max_bytes=MAX_BYTES, max_pixels=max_pixels)
+    if plain and (pixels := _quick(data, *plain)) is not None:
+        return pixels
     image = open_header(data, max_bytes=MAX_BYTES, max_pixels=max_pixels)
     if image.mode == "F":
         raise InvalidInput(
             "IMAGE_FORMAT_UNSUPPORTED", "floating-point pixels have no defined brightness; send 8 or 16 bits"
         )
-    if (pixels := _quick(data, image)) is not None:
-        return pixels
+    if image.format == "PNG" and not plain and orientation(image) == 1:
+        pixels = _quick(data, *image.size, image.mode)
+        if pixels is not None:
+            return pixels
     try:
         image = upright(image)
         if image.mode.startswith("I"):
@@ -62,18 +67,17 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
         ) from error
 
 
-def _quick(data: bytes, image: Image.Image) -> Pixels | None:
+def _quick(data: bytes, width: int, height: int, mode: str) -> Pixels | None:
     """The same pixels as Pillow's, of a small PNG of eight bits; None where Pillow must look, and say what is wrong."""
-    mode = QUICK_MODES.get(image.mode)
-    if mode is None or image.format != "PNG" or image.width * image.height > QUICK_PIXELS or orientation(image) != 1:
+    if width * height > QUICK_PIXELS or mode not in QUICK_MODES:
         return None
     try:
-        pixels: Pixels = decode_image_png_u8(data, (image.height, image.width), mode)
+        pixels: Pixels = decode_image_png_u8(data, (height, width), QUICK_MODES[mode])
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # noqa: BLE001 - a panic of Rust's is no Exception
         return None
-    return pixels[..., 0] if mode == "mono" else pixels
+    return pixels[..., 0] if mode == "L" else pixels
 
 
 def _to_eight_bits(image: Image.Image) -> Pixels:
