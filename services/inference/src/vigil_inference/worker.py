@@ -47,6 +47,8 @@ SCORES = Histogram(
     ["model", "version"],
     buckets=(0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
+# A label's child is looked up once, not for each frame.
+JUDGED = FRAMES.labels("judged")
 BLOCK_MS = 500
 # A candidate waits for less: once it is promoted its read brings nothing more, and live's frames would wait for it.
 CANDIDATE_BLOCK_MS = 50
@@ -99,6 +101,7 @@ class Worker:
         self._routing = routing
         self._pipeline = pipeline
         self._version = version
+        self._scores = SCORES.labels(version.name, str(version.version))
         self._default_threshold = default_threshold
         self._thresholds = dict.fromkeys(Role, default_threshold)
         self._claim_idle_ms = claim_idle_ms
@@ -330,14 +333,14 @@ class Worker:
             found.ClearField("mask")
             await asyncio.to_thread(convert.add_pictures, found, judged, header.outputs)
             reply = _serialised(found)
-        FRAMES.labels("judged").inc()
-        SCORES.labels(self._version.name, str(self._version.version)).observe(judged.score)
+        JUDGED.inc()
+        self._scores.observe(judged.score)
         log.debug(
             "frame_judged",
             **self._context(header),
             score=judged.score,
             label=types_pb2.Label.Name(found.label),
-            duration_s=found.timing.total.ToTimedelta().total_seconds(),
+            duration_s=time.time() - received_us / 1e6,
         )
         if trace.wanted(header.traceparent):
             said: dict[str, str | float] = {

@@ -33,6 +33,8 @@ WAITING = Gauge("vigil_ingest_waiting_frames", "Frames whose verdict a client wa
 RETRY_AFTER_S = 0.5
 BLOCK_MS = 1000
 RECONNECT_S = 0.2
+# Of the event loop, from an outcome that is known to the stream that carries it.
+ROUNDS_TO_ANSWER = 3
 
 log = get_logger()
 
@@ -204,8 +206,10 @@ class Ingest:
         Raises:
             VerdictTimeout: VERDICT_TIMEOUT; the frame stays accepted and the same id may be sent again.
         """
+        # Not `wait_for`, which wakes who waits two rounds of the loop later.
+        limit = asyncio.get_running_loop().call_later(self._limits.verdict_timeout_s, _give_up, future)
         try:
-            outcome = await asyncio.wait_for(future, self._limits.verdict_timeout_s)
+            outcome = await future
         except TimeoutError:
             raise VerdictTimeout(
                 "VERDICT_TIMEOUT",
@@ -214,6 +218,7 @@ class Ingest:
                 retry_after_s=RETRY_AFTER_S,
             ) from None
         finally:
+            limit.cancel()
             self._forget(frame.model, frame.frame_id, future)
         WAIT.observe(self._clock() - received_at_us / 1_000_000)
         return outcome
@@ -248,6 +253,9 @@ class Ingest:
                 for future in known.waiting.get(outcome.frame_id, ()):
                     if not future.done():
                         future.set_result(outcome)
+            # The answers leave before the next are asked for.
+            for _ in range(ROUNDS_TO_ANSWER):
+                await asyncio.sleep(0)
 
     async def _follow_route(self, model: str) -> None:
         known = self._models[model]
@@ -263,3 +271,8 @@ class Ingest:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _give_up(future: asyncio.Future[types_pb2.Outcome]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
