@@ -41,7 +41,7 @@ ACCESS = {
 # What a worker may have in hand: so much work, for what it holds no other can take, and so many frames.
 HAND_S, HAND_AT_MOST = 0.16, 16
 # Images of one run: what a quick model gets through in so long, so that the first waits little for the last.
-BATCH_S, BATCH_AT_MOST = 0.016, 8
+BATCH_S, BATCH_AT_MOST = 0.032, 8
 # More runs than that of one process would wait for Python's lock, and take memory each.
 RUNS_AT_MOST = 8
 CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")

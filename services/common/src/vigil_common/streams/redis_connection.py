@@ -129,14 +129,13 @@ def _call(group: Sequence[_Each]) -> tuple[Any, ...]:
 
 def _settle(group: Sequence[_Each], result: Any) -> None:
     """Each its part of the answer, or all the error."""
-    error = unavailable(result) if isinstance(result, BaseException) and away(result) else result
     for index, each in enumerate(group):
         if each.future.done():
             continue
-        if isinstance(error, BaseException):
-            each.future.set_exception(error)
+        if isinstance(result, BaseException):
+            each.future.set_exception(unavailable(result) if away(result) else result)
         else:
-            each.future.set_result(error[index])
+            each.future.set_result(result[index])
 
 
 class Connection:
