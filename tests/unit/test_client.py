@@ -46,6 +46,7 @@ class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
         self.most_unanswered = 0
         self.takes = 0
         self.carried: list[int] = []
+        self.first_together = 1
 
     def _outcome(self, frame: ingest_pb2.Frame) -> status_pb2.Status | types_pb2.Verdict:
         self.seen.append(frame.frame_id)
@@ -81,6 +82,7 @@ class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
             async for response in self._answer_late(requests):
                 yield response
             return
+        first: list[ingest_pb2.StreamResponse] = []
         async for request in requests:
             if left == 0:
                 self.seen.append(request.frame.frame_id)
@@ -90,6 +92,11 @@ class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
             response = self._response(request.frame)
             response.more.extend(self._response(other.frame) for other in request.more)
             response.takes = self.takes
+            first.append(response)
+            if len(self.carried) < self.first_together:
+                continue
+            response.more.extend(first[:-1])
+            first.clear()
             yield response
 
     async def _answer_late(
@@ -169,6 +176,8 @@ async def test_small_frames_travel_together_as_far_as_the_server_takes_them(
     server: Server, takes: int, most: int
 ) -> None:
     server.ingest.takes = takes
+    # The whole window is answered at once, so that as many frames may be sent together.
+    server.ingest.first_together = 16 if most > 1 else 1
     server.ingest.troubles = {"f-40": [_status(code_pb2.INVALID_ARGUMENT, "BAD_IMAGE")]}
     async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=16) as client:
         results = {result.frame_id: result async for result in client.stream(_frames(50))}
