@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from vigil_common.streams.ports import FrameSource
+
 BUDGET = 10_000
 IMAGE = b"x" * 1000
 M = "cells"
@@ -39,6 +41,15 @@ async def admit(streams: Streams, frame_id: str, *, image: bytes = IMAGE, sha: b
 
 def emission(entry_id: str, frame_id: str, outcome: bytes = b"verdict", reply: bytes = b"verdict") -> Emission:
     return Emission(entry_id, frame_id, outcome, reply)
+
+
+async def judge(streams: Streams, frame_id: str) -> FrameSource:
+    """Admit a frame and emit its verdict; answers with the source that it was read from."""
+    await admit(streams, frame_id)
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, frame_id)])
+    return source
 
 
 async def test_a_frame_reaches_one_worker_with_its_bytes_untouched(streams: Streams) -> None:
@@ -253,10 +264,7 @@ async def test_a_removed_model_stays_listed_while_it_has_frames(streams: Streams
 
 
 async def test_frames_that_come_together_are_each_answered_in_their_order(streams: Streams) -> None:
-    await admit(streams, "old")
-    source = streams.source(M, "a")
-    (frame,) = await source.read(count=1, block_ms=100)
-    await source.emit([emission(frame.entry_id, "old")])
+    source = await judge(streams, "old")
     small = b"x" * 10
     asked = [admit(streams, f"f{index}", image=small) for index in range(12)]
     asked += [admit(streams, "f3", image=small, to="me"), admit(streams, "f3", sha=b"other"), admit(streams, "old")]
@@ -294,10 +302,7 @@ async def test_one_run_of_the_script_takes_several_small_frames_and_few_large_on
 async def test_over_the_servers_memory_nothing_is_written_and_what_is_known_is_still_said(tmp_path: Path) -> None:
     server = ValkeyProcess(tmp_path / "valkey").start()
     streams = await RedisStreams.connect(server.url)
-    await admit(streams, "judged")
-    source = streams.source(M, "a")
-    (frame,) = await source.read(count=1, block_ms=100)
-    await source.emit([emission(frame.entry_id, "judged")])
+    await judge(streams, "judged")
     await admit(streams, "pending")
 
     async def states() -> list[Admission]:

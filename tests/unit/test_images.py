@@ -53,12 +53,13 @@ def test_colour_comes_out_as_pillow_decodes_it(kind: str) -> None:
     assert np.array_equal(read(data), expected)
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """One part of a PNG."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def png(depth: int, colour: int, row: bytes) -> bytes:
     """A PNG of one row of four pixels, made by hand: Pillow does not write every kind that it reads."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
 
@@ -84,10 +85,7 @@ def test_a_png_comes_out_as_pillow_decodes_it(data: bytes) -> None:
 
 def with_chunks(data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG with more chunks after its header."""
-    added = b"".join(
-        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
-    )
+    added = b"".join(chunk(kind, content) for kind, content in chunks)
     return data[:33] + added + data[33:]
 
 

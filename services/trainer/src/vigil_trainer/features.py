@@ -127,11 +127,10 @@ def add_features(graph: Graph) -> str:
 def _line_features(graph: Graph, level: str, cell: int) -> list[str]:
     """How dark in each direction, how bright, and how strong the lines are in each square of `cell` x `cell`."""
     border = KERNEL // 2
-    padded = graph.add("Pad", level, graph.constant(np.array([0, 0, border, border, 0, 0, border, border])),
-                       mode="reflect")  # fmt: skip
+    pads = graph.constant(np.array([0, 0, border, border, 0, 0, border, border]))
+    padded = graph.add("Pad", level, pads, mode="reflect")
     step = min(cell, SIDE_BY_SIDE)
     lines = graph.add("Conv", padded, graph.constant(shifted(line_kernels(), step)), strides=[step, step])
-
     side, places = GRID * cell // step, step * step
 
     def over_cell(kind: str, value: str) -> str:
