@@ -199,13 +199,15 @@ def test_where_sums_saturate_weights_have_seven_bits(
 def test_between_two_quantised_convolutions_nothing_is_turned_to_f32_and_back(trained: Bundle, tmp_path: Path) -> None:
     source = np.random.default_rng(2)
     nodes = [
-        helper.make_node("Conv", ["x", "first"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x", "zeroth"], ["x0"], name="reads-the-image", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x0", "first"], ["a"], pads=[1, 1, 1, 1]),
         helper.make_node("Clip", ["a", "low", "high"], ["b"]),
         helper.make_node("Conv", ["b", "second"], ["c"], pads=[1, 1, 1, 1]),
         helper.make_node("Relu", ["c"], ["d"]),
         helper.make_node("Conv", ["d", "third"], ["y"], pads=[1, 1, 1, 1]),
     ]
-    weights = {name: source.normal(size=(3, 3, 3, 3)).astype(np.float32) for name in ("first", "second", "third")}
+    names = ("zeroth", "first", "second", "third")
+    weights = {name: source.normal(size=(3, 3, 3, 3)).astype(np.float32) for name in names}
     bounds = {"low": np.float32(0), "high": np.float32(6)}
     model = graph_of(*nodes, shape=[1, 3, 64, 64], wanted=[1, 3, 64, 64], **weights, **bounds)
     path = tmp_path / trained.manifest.artefacts["onnxruntime"].path
@@ -214,7 +216,24 @@ def test_between_two_quantised_convolutions_nothing_is_turned_to_f32_and_back(tr
     manifest = trained.manifest.model_copy(update={"input": trained.manifest.input.model_copy(update={"name": "x"})})
     images = [source.normal(size=(1, 3, 64, 64)).astype(np.float32) for _ in range(8)]
     (made,) = module._onnx_int8(tmp_path, manifest, images)
-    operators = [node.op_type for node in onnx.load(made).graph.node]
-    assert not {"Clip", "Relu"} & set(operators)
+    nodes = list(onnx.load(made).graph.node)
+    assert not {"Clip", "Relu"} & {node.op_type for node in nodes}
+    assert next(node for node in nodes if node.name == "reads-the-image").input[:2] == ["x", "zeroth"]
     told, expected = run(onnx.load(made), images[0]), run(model, images[0])
     assert np.corrcoef(told.ravel(), expected.ravel())[0, 1] > 0.995
+
+
+def test_what_reads_the_image_stays_f32(tmp_path: Path) -> None:
+    weights = np.ones((3, 3, 1, 1), dtype=np.float32)
+    nodes = [
+        helper.make_node("Mul", ["x", "factor"], ["scaled"]),
+        helper.make_node("Conv", ["scaled", "weights"], ["taught"], name="teacher"),
+        helper.make_node("Conv", ["scaled", "weights"], ["learned"], name="student"),
+        helper.make_node("Conv", ["scaled", "weights"], ["unnamed"]),
+        helper.make_node("Relu", ["taught"], ["kept"]),
+        helper.make_node("Conv", ["kept", "weights"], ["deeper"], name="deeper"),
+        helper.make_node("Sum", ["deeper", "learned", "unnamed"], ["y"]),
+    ]
+    size: list[int | str] = [1, 3, 8, 8]
+    onnx.save(graph_of(*nodes, shape=size, wanted=size, weights=weights, factor=np.float32(2)), tmp_path / "graph.onnx")
+    assert module.first_convolutions(tmp_path / "graph.onnx") == ["teacher", "student"]
