@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -203,12 +205,36 @@ async def test_a_model_says_itself_what_is_kept_of_its_normal_frames_and_a_thres
     assert sorted(stored) == sorted(expected)
 
 
+async def test_a_service_that_was_killed_is_started_again_and_clients_go_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    stop = asyncio.Event()
+    async with LocalStack(tmp_path, log=said.append, log_level="WARNING") as stack:
+        async with StorageClient(stack.storage_address) as storage:
+            await storage.models_publish(trained_bundle(), name=MODEL)
+        ResourceFiles(tmp_path).apply(_yaml(1))
+        running = asyncio.gather(look_after(stack, stop), stack.keep_up(stop))
+        await _until(ResourceFiles(tmp_path), "Live", 1)
+        for name in ("ingest", "storage", "valkey"):
+            pid = stack.pid(name)
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            await _holds(lambda: any(line.startswith(f"{name} ended with code -9") for line in said))  # noqa: B023
+        async with VigilClient(stack.ingest_address) as client:
+            result = await client.submit(Frame(load_cells().test_images[0], MODEL))
+        assert result.error is None
+        stop.set()
+        await running
+
+
 def test_what_makes_no_sense_is_refused_with_the_field(tmp_path: Path) -> None:
     files = ResourceFiles(tmp_path)
     for text, says in (
         (_yaml(0), "spec.source.version"),
         ("kind: Pod\napiVersion: v1", "only vigil.dev/v1alpha1 AnomalyModel"),
         ("{}", "missing"),
+        ("# nothing\n", "no AnomalyModel in it"),
+        (_yaml(1).replace('"line"', '"Line_1"'), "metadata.name 'Line_1'"),
+        (_yaml(1, minFrame=3), "spec.rollout.minFrame: there is no such field"),
     ):
         with pytest.raises(InvalidInput, match=says):
             files.apply(text)

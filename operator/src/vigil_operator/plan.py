@@ -311,7 +311,7 @@ class _Draft:
             return ""
         shadow = self.status.shadow
         if shadow is None or shadow.outcome != Outcome.PASS.value:
-            return "its gates have not passed; force-promote does it all the same"
+            return "its gates have not passed, see `vigil report`; with --force it is promoted all the same"
         if self.status.phase is Phase.SHADOWING:
             return "its gates pass, and it is promoted by itself"
         self.promote(Event.APPROVED, candidate, "a person approved it")

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, StoredFrame
 
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, Since, StorageAddress, Token, Until, console, errors, run
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, Since, StorageAddress, Token, Until, console, errors, run, told
 from vigil_cli.replay import replay
 
 app = typer.Typer(help="Stored frames.", no_args_is_help=True)
@@ -65,24 +66,20 @@ def query(
         for frame in frames:
             typer.echo(json.dumps(_plain(frame)))
         return
-    table = Table(
-        Column("frame", min_width=36),
-        "camera",
-        Column("captured", overflow="fold"),
-        "score",
-        "label",
-        "version",
-        "people",
-    )
+    # Columns without anything to tell apart would push the others off a narrow terminal.
+    cameras, people = len({frame.camera for frame in frames}) > 1, any(frame.annotation for frame in frames)
+    names = ["captured", "score", "label", "version", *["camera"] * cameras, *["people"] * people]
+    table = Table(Column("frame", no_wrap=True, min_width=36), *names, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for frame in frames:
         found = frame.verdict
         judged = ("-", frame.failure_reason, "-")
         if found is not None:
             judged = (f"{found.score:.3f}", "anomalous" if found.anomalous else "normal", str(found.version))
-        table.add_row(
-            frame.frame_id, frame.camera, frame.captured_at.isoformat(timespec="milliseconds"), *judged, _people(frame)
-        )
+        told_of = [*[frame.camera] * cameras, *[_people(frame)] * people]
+        table.add_row(frame.frame_id, f"{frame.captured_at.astimezone():%m-%d %H:%M:%S}", *judged, *told_of)
     console.print(table)
+    if not frames:
+        errors.print(f"no stored frame of {model} is like that", highlight=False)
 
 
 @app.command()
@@ -103,13 +100,14 @@ def get(
             return await storage.frames_history(model, frame_id, camera=camera)
 
     found = run(work())
-    if output is not None:
-        output.write_bytes(found.image)
-    if mask is not None:
-        if found.mask is None:
-            errors.print(f"{frame_id} has no mask", highlight=False)
-            raise typer.Exit(1)
-        mask.write_bytes(found.mask)
+    if mask is not None and found.mask is None:
+        errors.print(f"{frame_id} has no mask", highlight=False)
+        raise typer.Exit(1)
+    with told():
+        if output is not None:
+            output.write_bytes(found.image)
+        if mask is not None and found.mask is not None:
+            mask.write_bytes(found.mask)
     history = {"annotations": [said(one) for one in found.annotations]} if found.annotations else {}
     typer.echo(json.dumps({**_plain(found.frame), **history}, indent=2))
 
@@ -126,7 +124,7 @@ def said(one: Annotation) -> dict[str, object]:
 
 def _plain(frame: StoredFrame) -> dict[str, object]:
     plain: dict[str, object] = {"frame_id": frame.frame_id, "model": frame.model, "camera": frame.camera}
-    plain |= {"captured_at": frame.captured_at.isoformat(), "stored_at": frame.stored_at.isoformat()}
+    plain |= {"captured_at": frame.captured_at.isoformat(), "record_at": frame.stored_at.isoformat()}
     plain |= {"content_type": frame.content_type, "width": frame.width, "height": frame.height}
     if frame.verdict is not None:
         plain |= {"score": frame.verdict.score, "anomalous": frame.verdict.anomalous, "version": frame.verdict.version}

@@ -17,6 +17,7 @@ from vigil_cli.options import (
     AsJson,
     StorageAddress,
     Token,
+    check_name,
     console,
     errors,
     run,
@@ -44,6 +45,8 @@ def import_(
     """Make a bundle of a model exported by Anomalib."""
     from vigil_trainer import import_export  # noqa: PLC0415 - loads the runtimes
 
+    if name is not None:
+        check_name(name)
     with told():
         parity = find_images(images)[:_PARITY_IMAGES] if images else ()
         bundle = import_export(export, name=name, parity_images=parity, tolerance=tolerance)
@@ -185,7 +188,8 @@ def verify(
         errors.print(f"[red]error:[/red] {error.reason}: {error}", highlight=False)
         raise typer.Exit(1) from error
     console.print(table)
-    console.print(f"{bundle}: {model.digest}", soft_wrap=True, highlight=False)
+    against = "" if digest else " (give --digest to have it compared with what it should be)"
+    console.print(f"{bundle}: {model.digest}{against}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -1,15 +1,20 @@
 """`vigil model optimise`: a published version made over for speed, as a new version."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from vigil_client import HumanLabel, Model, StorageClient
 from vigil_common.bundle import open_bundle
 
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run
 from vigil_cli.sources import find_images
+
+if TYPE_CHECKING:
+    from vigil_trainer.optimise import Measured
 
 _CALIBRATION_IMAGES = 64
 _MEASURED_IMAGES = 500
@@ -59,14 +64,7 @@ def optimise(
                 anomalous=bad,
                 progress=status.update,
             )
-        table = Table("artefact", "precision", "ms/run", "bytes", "AUROC", "flips", "furthest", "threshold", "variant")
-        originals = open_bundle(content).manifest.artefacts
-        for one in made.measured:
-            kept = "original" if one.name in originals else one.refused or "yes"
-            area = "-" if one.auroc is None else f"{one.auroc:.3f}"
-            numbers = f"{one.run_ms:.2f}", f"{one.size_bytes:,}", area, str(one.flips), f"{one.furthest:.4f}"
-            table.add_row(one.name, one.precision, *numbers, f"{one.threshold:.4f}", kept)
-        console.print(table)
+        _show(made.measured, set(open_bundle(content).manifest.artefacts))
         if output is not None:
             output.write_bytes(made.bundle)
             console.print(f"{output}: {len(made.bundle):,} bytes")
@@ -75,6 +73,25 @@ def optimise(
         console.print(f"{name} version {new.version} published: {new.digest}", soft_wrap=True, highlight=False)
 
     run(work())
+
+
+def _show(measured: Sequence["Measured"], originals: set[str]) -> None:
+    """The table, and below it why something is no variant."""
+    table = Table("artefact", "kept", "ms", "MB", "AUROC", "flips", "off by", "threshold", box=SIMPLE_HEAD)
+    refused: dict[str, list[str]] = {}
+    for one in measured:
+        kept = "original" if one.name in originals else "no" if one.refused else "yes"
+        numbers = ["-"] * 6
+        if one.size_bytes:  # it was made
+            area = "-" if one.auroc is None else f"{one.auroc:.3f}"
+            size, off = f"{one.size_bytes / 1e6:.1f}", f"{one.furthest:.4f}"
+            numbers = [f"{one.run_ms:.2f}", size, area, str(one.flips), off, f"{one.threshold:.4f}"]
+        table.add_row(one.name, kept, *numbers)
+        if one.refused:
+            refused.setdefault(one.refused, []).append(one.name)
+    console.print(table)
+    for why, names in refused.items():
+        console.print(f"{', '.join(names)}: {why}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _read(folder: Path) -> list[bytes]:

@@ -1,6 +1,8 @@
 """Options that several commands share, and how their errors look."""
 
 import asyncio
+import os
+import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -10,13 +12,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from vigil_client import Failure, ServiceError
+from vigil_common.bundle import NAME
 from vigil_common.errors import VigilError
 
 from vigil_cli.sources import SourceError
 
 T = TypeVar("T")
 
-console = Console()
+# Where nobody looks at a terminal, nothing is cut to the width of one.
+_PIPE_WIDTH = 200
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
 errors = Console(stderr=True)
 
 Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
@@ -36,6 +41,15 @@ Since = Annotated[
 Until = Annotated[
     datetime | None, typer.Option("--until", callback=_with_zone, help="Captured before this time, local time.")
 ]
+
+
+def check_name(name: str) -> None:
+    """Refuse what can't be a model's name, before any work is done."""
+    if not NAME.fullmatch(name):
+        raise typer.BadParameter(
+            "a model's name has 1 to 63 lower-case letters, digits and dashes", param_hint="--name"
+        )
+
 
 DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"

@@ -338,7 +338,7 @@ def up(folder: Folder = FOLDER) -> None:
                 (stack.folder / "env").write_text(lines)
                 say(f"review page: {await stack.add_review(inference_address=stack.inference_address)}")
                 say(f"up; in other terminals first: source {stack.folder / 'env'}")
-                await look_after(stack, stop)
+                await asyncio.gather(look_after(stack, stop), stack.keep_up(stop))
         except StackError as error:
             raise Unavailable("STACK_DOWN", str(error)) from error
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from vigil_common.trace import traced
 
 from vigil_cli.options import DEFAULT_INGEST, Address, AsJson, Token, console, errors, hint, run
 from vigil_cli.sources import Source, SourceError, open_source
+
+# Of errors of one kind; a folder sent to the wrong model would print a line for every image.
+_SHOWN_OF_A_KIND = 10
 
 
 def progress_bar() -> Progress:
@@ -68,6 +72,7 @@ async def _collect(
     answers: AsyncIterator[Result], source: Source, names: dict[str, str], pictures: Path, *, as_json: bool
 ) -> list[Result]:
     results: list[Result] = []
+    refused: Counter[str] = Counter()
     with progress_bar() as progress:
         task = progress.add_task("streaming", total=source.total)
         async for result in answers:
@@ -76,7 +81,10 @@ async def _collect(
             if as_json:
                 typer.echo(json.dumps(_plain(result, name)))
             elif result.error is not None:
-                errors.print(f"{name}: {result.error.reason or result.error.code}: {result.error.message}")
+                reason = result.error.reason or result.error.code
+                refused[reason] += 1
+                if refused[reason] <= _SHOWN_OF_A_KIND:
+                    errors.print(f"{name}: {reason}: {result.error.message}", highlight=False, soft_wrap=True)
             elif result.verdict is not None and result.verdict.anomalous:
                 console.print(f"{name}: anomalous, {result.verdict.score:.3f}", highlight=False, soft_wrap=True)
             if result.verdict is not None and result.verdict.visualization:
@@ -84,6 +92,10 @@ async def _collect(
                 # A long stream must not pile up its pictures in memory.
                 result = replace(result, verdict=replace(result.verdict, visualization=None))  # noqa: PLW2901
             results.append(result)
+    for reason, count in refused.items():
+        if not as_json and count > _SHOWN_OF_A_KIND:
+            more = f"{count - _SHOWN_OF_A_KIND} more: {reason}; --json names them all"
+            errors.print(more, highlight=False, soft_wrap=True)
     return results
 
 

@@ -10,11 +10,10 @@ from typing import Annotated, Any, Self
 
 import typer
 from vigil_client import StorageClient
-from vigil_common.bundle import NAME
 
 from vigil_cli.evaluation.dataset import Item, read_dataset
 from vigil_cli.export import Format, write_export
-from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, console, run, told
+from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, check_name, console, run, told
 from vigil_cli.sources import find_images
 
 # Fewer than these say too little of where the threshold belongs.
@@ -112,10 +111,7 @@ def train(
     source = {key: value for key, value in asked.items() if value}
     if not (data or normal or abnormal or from_store):
         raise typer.BadParameter("name a folder, --normal DIR or --from-store")
-    if not NAME.fullmatch(name):
-        raise typer.BadParameter(
-            "a model's name has 1 to 63 lower-case letters, digits and dashes", param_hint="--name"
-        )
+    check_name(name)
     with told():
         output.parent.mkdir(parents=True, exist_ok=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import AsyncIterable
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import Span, Tracer
 
+_log = logging.getLogger("vigil_client")
+
 _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _GOODBYE_S = 2.0
+_SAID_EVERY_S = 15.0
 # Small frames that are ready at the same time travel in one message of at most this many bytes.
 _TOGETHER_BYTES = 256 << 10
 _TAKES = 16
@@ -71,7 +75,7 @@ class _InFlight:
 
 
 class VigilClient(Connected):
-    """Sends frames to ingest.
+    """Sends frames to ingest; while nobody answers there, the logger "vigil_client" says so now and then.
 
     Args:
         address: Ingest as "host:port".
@@ -99,6 +103,7 @@ class VigilClient(Connected):
         self.max_retry_s = max_retry_s
         self.silence_s = silence_s
         self._tracer = tracer
+        self._quiet_until_s = 0.0
 
     @property
     def stub(self) -> ingest_pb2_grpc.IngestServiceAsyncStub:
@@ -118,6 +123,7 @@ class VigilClient(Connected):
                 wait_s = _backoff_s(flight.attempts - 1, failure)
                 if not _retryable(failure) or self._too_late(flight, wait_s):
                     return flight.result(error=failure)
+                self._say_that_it_goes_on(failure)
                 await asyncio.sleep(wait_s)
                 continue
             if response.HasField("verdict"):
@@ -156,6 +162,13 @@ class VigilClient(Connected):
 
             flight.span = self._tracer.start_span("send frame", kind=SpanKind.CLIENT)
         return flight
+
+    def _say_that_it_goes_on(self, failure: Failure) -> None:
+        """Tell by the log that nobody answers, now and then."""
+        now = time.monotonic()
+        if failure.code == "UNAVAILABLE" and now >= self._quiet_until_s:
+            self._quiet_until_s = now + _SAID_EVERY_S
+            _log.warning("no answer from ingest, trying for up to %.0f s: %s", self.max_retry_s, failure.message)
 
     def _too_late(self, flight: _InFlight, wait_s: float) -> bool:
         return time.monotonic() + wait_s - flight.first_sent_s > self.max_retry_s
@@ -220,6 +233,8 @@ class _StreamSession:
             for flight in list(self._flights.values()):
                 if self._client._too_late(flight, wait_s):  # noqa: SLF001 - same module
                     self._settle(flight, flight.result(error=failure))
+            if losses and self._flights:
+                self._client._say_that_it_goes_on(failure)  # noqa: SLF001 - same module
             await asyncio.sleep(wait_s)
             if self._flights:
                 self._outbox.put_nowait(next(iter(self._flights)))

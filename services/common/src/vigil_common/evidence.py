@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from vigil_common.errors import InvalidInput
 
 CONFIDENCE = 0.95
+TOO_FEW = "; not decided before minFrames"
 # The standard normal's quantile at CONFIDENCE, for one-sided bounds.
 Z = 1.6448536269514722
 
@@ -254,6 +255,7 @@ def _at_most(name: str, limit: float, count: int, trials: int, what: str, *, eno
     outcome = _between(low, high, limit, enough=enough and trials > 0)
     bounds = f"between {low:.2%} and {high:.2%}" if trials else "nothing to go by"
     reason = f"{count:,} of {trials:,} {what}: {bounds} at {CONFIDENCE:.0%} a side, at most {limit:.2%} allowed"
+    reason += "" if enough else TOO_FEW
     return GateResult(name, outcome, limit, count / trials if trials else 0.0, low, high, reason)
 
 
@@ -266,6 +268,7 @@ def _latency(limit: float, numbers: ReportNumbers, *, enough: bool) -> GateResul
     reason = (
         f"the candidate takes {ratio:.2f} times as long, between {low:.2f} and {high:.2f}; at most {limit:.2f} allowed"
     )
+    reason += "" if enough else TOO_FEW
     return GateResult("maxLatencyRatio", outcome, limit, ratio, low, high, reason)
 
 

@@ -47,7 +47,9 @@ def canonical(mask: bytes, *, width: int, height: int) -> bytes:
         raise InvalidInput("MASK_UNREADABLE", f"the mask is cut short or broken ({error})") from error
     marked = grey.point([0] * HALF + [255] * (256 - HALF))
     if marked.getbbox() is None:
-        raise InvalidInput("MASK_EMPTY", "the mask marks nothing; leave it out, or label the frame normal")
+        _, brightest = grey.getextrema()
+        what = f"the mask marks nothing: its brightest pixel is {brightest}, and marked is what has {HALF} or more"
+        raise InvalidInput("MASK_EMPTY", f"{what}; save it in 0 and 255, leave it out, or label the frame normal")
     kept = io.BytesIO()
     marked.save(kept, "PNG")
     return kept.getvalue()

@@ -102,5 +102,5 @@ def _check_unmanaged(route: Route) -> None:
         raise Managed(
             "MANAGED",
             f"AnomalyModel {name} in namespace {namespace} decides on {route.model} and would undo this; change its "
-            "spec instead (kubectl edit anomalymodel), or promote with --force while its operator is away",
+            "spec instead (`kubectl apply` or `vigil local apply`), or promote with --force while its operator is away",
         )

@@ -152,11 +152,8 @@ def optimise(
                     images=images,
                     reference=reference,
                 )
-            except ImportError as error:
-                found = Measured(variant, precision, 0.0, 0, None, 0, 0.0, 0.0, f"needs {error.name}, not installed")
             except Exception as error:  # noqa: BLE001 - the tools raise anything for a graph that they can't do
-                reason = str(error).strip().partition("\n")[0][:120]
-                found = Measured(variant, precision, 0.0, 0, None, 0, 0.0, 0.0, f"{type(error).__name__}: {reason}")
+                found = _not_made(variant, precision, error)
             else:
                 if entry is not None:
                     paths = tuple(f"variants/{path.parent.name}/{path.name}" for path in made)
@@ -174,6 +171,18 @@ def optimise(
     }
     new = manifest.model_copy(update={"variants": variants, "lineage": lineage})
     return Optimised(pack(new, files), tuple(measured))
+
+
+def _not_made(name: str, precision: Precision, error: Exception) -> Measured:
+    """What came of a variant whose making failed, and why."""
+    if isinstance(error, ImportError):
+        why = f"needs {error.name}, not installed"
+    elif isinstance(error, InvalidBundle):
+        why = error.message
+    else:
+        first = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {first[:120]}"
+    return Measured(name, precision, 0.0, 0, None, 0, 0.0, 0.0, why)
 
 
 def _measure(

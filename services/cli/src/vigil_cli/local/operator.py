@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import time
 import uuid
 from contextlib import suppress
@@ -44,6 +45,8 @@ POLL_S = 0.2
 NAMESPACE = "local"
 # A worker that ended is started again after so long, times its restarts.
 BACKOFF_S = 1.0
+# As Kubernetes has it, without its dots.
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 log = get_logger()
 
@@ -81,9 +84,10 @@ class ResourceFiles:
             documents = list(yaml.safe_load_all(text))
         except yaml.YAMLError as error:
             raise InvalidInput("RESOURCE_INVALID", f"not YAML: {' '.join(str(error).split())}") from error
+        documents = [document for document in documents if document is not None]
+        if not documents:
+            raise InvalidInput("RESOURCE_INVALID", "there is no AnomalyModel in it")
         for document in documents:
-            if document is None:
-                continue
             name, spec = _checked(document)
             old = self._read(f"{name}.json")
             body = old or {
@@ -146,16 +150,24 @@ def _checked(document: Any) -> tuple[str, dict[str, Any]]:
         if (document["apiVersion"], document["kind"]) != (f"{GROUP}/{VERSION}", KIND):
             raise InvalidInput("RESOURCE_INVALID", f"only {GROUP}/{VERSION} {KIND} can be applied here")
         Spec.model_validate(document["spec"])
-        return str(document["metadata"]["name"]), dict(document["spec"])
+        name = str(document["metadata"]["name"])
+        if not _NAME.fullmatch(name):
+            raise InvalidInput(
+                "RESOURCE_INVALID", f"metadata.name {name!r}: up to 63 lower-case letters, digits and dashes"
+            )
+        return name, dict(document["spec"])
     except ValidationError as error:
-        said = "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {e['msg']}{_quoted(e)}" for e in error.errors())
+        said = "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors())
         raise InvalidInput("RESOURCE_INVALID", said) from error
     except (KeyError, TypeError) as error:
         raise InvalidInput("RESOURCE_INVALID", f"not a resource: {error} is missing") from error
 
 
-def _quoted(error: ErrorDetails) -> str:
-    return ", so put it in quotes" if error["type"] == "string_type" and isinstance(error["input"], int) else ""
+def _said(error: ErrorDetails) -> str:
+    if error["type"] == "extra_forbidden":
+        return "there is no such field"
+    number = error["type"] == "string_type" and isinstance(error["input"], int)
+    return f"{error['msg']}, so put it in quotes" if number else error["msg"]
 
 
 def _merge(old: Any, patch: Any) -> Any:

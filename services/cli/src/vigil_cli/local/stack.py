@@ -8,7 +8,9 @@ import fcntl
 import json
 import os
 import sys
+import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO, cast
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _HEALTH_POLL_S = 0.05
+# A part that ended is started again at once, and one that ends again and again later each time.
+_KEEP_POLL_S, _AGAIN_S, _AGAIN_AT_MOST_S = 0.2, 2.0, 10.0
 _INGEST, _STORAGE, _SHADOW, _VALKEY, _REDUCT = "ingest", "storage", "shadow", "valkey", "reductstore"
 _REVIEW = "review"
 # Somebody waits for a verdict and nobody for its storing, which the queue bridges.
@@ -128,6 +132,25 @@ class LocalStack:
     def kill(self, name: str) -> None:
         """End a part at once (SIGKILL)."""
         self._processes[name].kill()
+
+    async def keep_up(self, stop: asyncio.Event) -> None:
+        """Start parts that end by themselves again, until told to stop; workers are their AnomalyModel's business."""
+        ends: Counter[str] = Counter()
+        due: dict[str, float] = {}
+        while not stop.is_set():
+            for name, process in self._processes.items():
+                code = process.returncode
+                if code is None or name in self.worker_addresses:
+                    continue
+                if name not in due:
+                    due[name] = time.monotonic() + min(_AGAIN_S * ends[name], _AGAIN_AT_MOST_S)
+                    ends[name] += 1
+                    self.log(f"{name} ended with code {code} and is started again; its log: {process.log}")
+                if time.monotonic() >= due[name]:
+                    del due[name]
+                    process.start()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _KEEP_POLL_S)
 
     async def restart(self, name: str) -> None:
         """Stop, then start."""
