@@ -311,3 +311,16 @@ async def test_submit_retries_and_can_stop_at_acceptance(server: Server) -> None
     assert result.accepted
     assert result.verdict is None
     assert result.attempts == 2
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_that_nobody_answers_is_said_while_it_is_tried_again(
+    caplog: pytest.LogCaptureFixture, *, streams: bool
+) -> None:
+    async with asyncio.timeout(DEADLINE_S), VigilClient("127.0.0.1:1", max_retry_s=1.0) as client:
+        frame = Frame(b"image", "m")
+        results = [one async for one in client.stream([frame])] if streams else [await client.submit(frame)]
+    assert [one.error.code for one in results if one.error is not None] == ["UNAVAILABLE"]
+    said = [record.getMessage() for record in caplog.records if record.name == "vigil_client"]
+    assert len(said) == 1  # and not at each attempt
+    assert "no answer from ingest, trying for up to 1 s" in said[0]

@@ -177,3 +177,11 @@ def test_gates_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidInput) as error:
         Gates(**wrong)  # type: ignore[arg-type]
     assert error.value.reason == "GATES_INVALID"
+
+
+@pytest.mark.parametrize("frames", [199, 200])
+def test_a_gate_that_waits_for_frames_says_so(frames: int) -> None:
+    found = ReportNumbers(frames=frames, latency_ratio=0.75, latency_ratio_low=0.63, latency_ratio_high=1.0)
+    said = {gate.gate: gate.reason for gate in decide(Gates(min_frames=200), found, DAY_S).gates}
+    for gate in ("maxLatencyRatio", "maxFlipFraction"):
+        assert said[gate].endswith("not decided before minFrames") == (frames < 200)

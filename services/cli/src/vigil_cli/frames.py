@@ -66,10 +66,20 @@ def query(
         for frame in frames:
             typer.echo(json.dumps(_plain(frame)))
         return
+    if not frames:
+        errors.print(f"no stored frame of {model} is like that", highlight=False)
+        return
     # Columns without anything to tell apart would push the others off a narrow terminal.
     cameras, people = len({frame.camera for frame in frames}) > 1, any(frame.annotation for frame in frames)
     names = ["captured", "score", "label", "version", *["camera"] * cameras, *["people"] * people]
-    table = Table(Column("frame", no_wrap=True, min_width=36), *names, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(
+        Column("frame", no_wrap=True, min_width=36),
+        *names,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for frame in frames:
         found = frame.verdict
         judged = ("-", frame.failure_reason, "-")
@@ -78,8 +88,6 @@ def query(
         told_of = [*[frame.camera] * cameras, *[_people(frame)] * people]
         table.add_row(frame.frame_id, f"{frame.captured_at.astimezone():%m-%d %H:%M:%S}", *judged, *told_of)
     console.print(table)
-    if not frames:
-        errors.print(f"no stored frame of {model} is like that", highlight=False)
 
 
 @app.command()

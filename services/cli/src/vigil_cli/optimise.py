@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 from vigil_client import HumanLabel, Model, StorageClient
 from vigil_common.bundle import open_bundle
 
@@ -77,7 +77,19 @@ def optimise(
 
 def _show(measured: Sequence["Measured"], originals: set[str]) -> None:
     """The table, and below it why something is no variant."""
-    table = Table("artefact", "kept", "ms", "MB", "AUROC", "flips", "off by", "threshold", box=SIMPLE_HEAD)
+    table = Table(
+        Column("artefact", no_wrap=True),
+        "kept",
+        "ms",
+        "MB",
+        "AUROC",
+        "flips",
+        "off by",
+        "threshold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     refused: dict[str, list[str]] = {}
     for one in measured:
         kept = "original" if one.name in originals else "no" if one.refused else "yes"
