@@ -338,7 +338,12 @@ def up(folder: Folder = FOLDER) -> None:
                 (stack.folder / "env").write_text(lines)
                 say(f"review page: {await stack.add_review(inference_address=stack.inference_address)}")
                 say(f"up; in other terminals first: source {stack.folder / 'env'}")
-                await asyncio.gather(look_after(stack, stop), stack.keep_up(stop))
+                keeping = asyncio.create_task(stack.keep_up(stop))
+                try:
+                    await look_after(stack, stop)
+                finally:  # before the stack takes its parts down
+                    stop.set()
+                    await keeping
         except StackError as error:
             raise Unavailable("STACK_DOWN", str(error)) from error
 
