@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 from vigil.ingest.v1 import ingest_pb2
-from vigil_cli.local.operator import ResourceFiles, look_after
+from vigil_cli.local.operator import look_after
+from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.local.stack import LocalStack
 from vigil_client import Frame, StorageClient, VigilClient, convert
 from vigil_common.streams.redis import RedisStreams

@@ -16,7 +16,8 @@ import pytest
 from typer.testing import CliRunner
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil_cli import rollout
-from vigil_cli.local.operator import ResourceFiles, look_after
+from vigil_cli.local.operator import look_after
+from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.local.stack import LocalStack
 from vigil_cli.main import app
 from vigil_client import Frame, Result, StorageClient, VigilClient

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from vigil_cli.demo import split_cells
 from vigil_cli.local import LocalStack, StackError, find_store
-from vigil_cli.local.operator import ResourceFiles
 from vigil_cli.local.process import Process, free_port
+from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.sources import SourceError, open_source
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.grpc.workers import worker_address

@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from PIL import Image
 from vigil_client import HumanLabel, ReviewedFrame, StorageClient
@@ -34,6 +33,10 @@ from vigil_common.errors import InvalidInput
 from vigil_cli.frames import said
 from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, console, run
 from vigil_cli.sources import SourceError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 NORMAL, ABNORMAL, UNMASKED, MASKS, IMAGES = "normal", "abnormal", "abnormal_unmasked", "mask", "images"
 MANIFEST, SUMS, COCO = "manifest.json", "SHA256SUMS", "annotations.json"
@@ -197,6 +200,8 @@ class _Writing:
         )
 
     def _add_coco_mask(self, number: int, mask: bytes) -> None:
+        import numpy as np  # noqa: PLC0415 - takes as long to load as all else here
+
         with Image.open(io.BytesIO(mask)) as image:
             marked = np.asarray(image) > 0
         rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
@@ -261,8 +266,10 @@ class _Writing:
         return digest
 
 
-def run_lengths(marked: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
+def run_lengths(marked: "NDArray[np.bool_]") -> list[int]:
     """COCO's uncompressed run lengths: column by column, beginning with how many are not marked."""
+    import numpy as np  # noqa: PLC0415 - see above
+
     flat = np.concatenate([[False], marked.flatten(order="F")])
     edges = np.flatnonzero(np.diff(flat)).tolist()
     return [stop - start for start, stop in zip([0, *edges], [*edges, marked.size], strict=True)]

@@ -18,7 +18,6 @@ from vigil_client.channel import connect, metadata
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.workers import worker_address
 
-from vigil_cli import gimp, openraster
 from vigil_cli.annotate import Author
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, errors, run
 from vigil_cli.sources import SourceError
@@ -109,6 +108,8 @@ async def edit(program: str, found: ReviewedFrame, mask: bytes | None) -> bytes 
         SourceError: Where the program can't be started or fails.
         InvalidInput: As `openraster.read_mask`.
     """
+    from vigil_cli import gimp, openraster  # noqa: PLC0415 - loads numpy and decoders
+
     with tempfile.TemporaryDirectory(prefix="vigil-review-") as folder:
         by_gimp = program == "gimp" and await gimp.is_second()
         path = Path(folder) / ("frame.xcf" if by_gimp else "frame.ora")

@@ -22,7 +22,7 @@ from vigil_common.errors import Conflict, InvalidInput, NotFound, Unavailable
 from vigil_operator.observed import REQUEST_ANNOTATION
 from vigil_operator.spec import GROUP, PLURAL
 
-from vigil_cli.local.operator import ResourceFiles
+from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
 
 FOLDER = Path("out/local")

@@ -3,15 +3,17 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
 from vigil_common.errors import VigilError
-from vigil_common.store import reduct_sites
-from vigil_common.store.reduct_sites import Link, Server, Site
 
 from vigil_cli.options import AsJson, console, errors, run
+
+# Its client of ReductStore takes as long to load as all other commands together, so only what needs it does.
+if TYPE_CHECKING:
+    from vigil_common.store.reduct_sites import Link, Server, Site
 
 app = typer.Typer(help="Edge sites, by ReductStore's replication.", no_args_is_help=True)
 
@@ -24,7 +26,9 @@ TokenFile = Annotated[Path | None, typer.Option(exists=True, help="Holds the edg
 DEFAULT_STORE = "http://localhost:8383"
 
 
-def _server(url: str, token_file: Path | None) -> Server:
+def _server(url: str, token_file: Path | None) -> "Server":
+    from vigil_common.store.reduct_sites import Server  # noqa: PLC0415 - see above
+
     return Server(url, token_file.read_text().strip() if token_file else None)
 
 
@@ -43,6 +47,8 @@ def add(
 
     Adding it again changes what it gets. Cameras of all sites need names of their own.
     """
+    from vigil_common.store import reduct_sites  # noqa: PLC0415 - see above
+
     copied = run(
         reduct_sites.add_site(
             _server(store_url, store_token_file),
@@ -58,6 +64,8 @@ def add(
 @app.command("list")
 def list_(*, store_url: StoreUrl = DEFAULT_STORE, store_token_file: StoreTokenFile = None) -> None:
     """List sites."""
+    from vigil_common.store import reduct_sites  # noqa: PLC0415 - see above
+
     table = Table("site", Column("store", overflow="fold"), "models")
     for site in run(reduct_sites.list_sites(_server(store_url, store_token_file))):
         table.add_row(site.name, site.url, ", ".join(site.models) or "all")
@@ -74,9 +82,11 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what is still to be sent each way; exit code 1 where a side does not answer."""
+    from vigil_common.store import reduct_sites  # noqa: PLC0415 - see above
+
     centre = _server(store_url, store_token_file)
 
-    async def work() -> tuple[Site, list[Link], list[Link], str]:
+    async def work() -> "tuple[Site, list[Link], list[Link], str]":
         site = await reduct_sites.get_site(centre, name)
         down = await reduct_sites.links_down(centre, name)
         try:
@@ -112,6 +122,8 @@ def remove(
     store_token_file: StoreTokenFile = None,
 ) -> None:
     """End the replications of a site; what both sides hold stays."""
+    from vigil_common.store import reduct_sites  # noqa: PLC0415 - see above
+
     centre = _server(store_url, store_token_file)
 
     async def work() -> None:
