@@ -17,10 +17,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+from vigil_cli import rollout
 from vigil_cli.demo import split_cells
 from vigil_cli.local import LocalStack, StackError, find_store
 from vigil_cli.local.process import Process, free_port
 from vigil_cli.local.resources import ResourceFiles
+from vigil_cli.main import app
 from vigil_cli.sources import SourceError, open_source
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.grpc.workers import worker_address
@@ -215,3 +218,20 @@ def test_a_path_that_is_not_there_is_named() -> None:
 def test_what_is_applied_and_is_none_is_said_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(InvalidInput, match=said):
         ResourceFiles(tmp_path).apply(text)
+
+
+def test_status_says_why_a_rollout_stands_still_and_where_live_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ResourceFiles(tmp_path)
+    monkeypatch.setattr(rollout, "_where", files)
+    spec = "spec: {source: {model: cells, version: latest}}"
+    files.apply(f"{HEAD}, metadata: {{name: first}}, {spec}}}\n---\n{HEAD}, metadata: {{name: second}}, {spec}}}")
+    promoted = {"type": "Promoted", "status": "True", "reason": "Promoted", "message": "as asked for"}
+    files.write_status("first", {"phase": "Live", "live": {"version": 1, "threshold": 0.7}, "conditions": [promoted]})
+    synced = {"type": "Synced", "status": "False", "reason": "ModelTaken", "message": "first has model cells already"}
+    files.write_status("second", {"phase": "Pending", "conditions": [synced]})
+    every = CliRunner().invoke(app, ["status"]).output
+    assert "second: ModelTaken: first has model cells already" in every
+    assert "first: " not in every
+    assert "live decides at 0.7" in CliRunner().invoke(app, ["status", "first"]).output

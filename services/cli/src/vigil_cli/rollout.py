@@ -30,6 +30,7 @@ REQUEST_DEADLINE_S = 30.0
 ROLLBACK_DEADLINE_S = 600.0
 POLL_S = 0.2
 PREVIEW_FRAMES = 10_000
+_WAITS_FOR_PEOPLE = ("Pending", "Held", "Failed", "Suspended")
 _SETTLED = ("Live", "Held", "Failed", "Suspended")
 
 Name = Annotated[str, typer.Argument(help="The AnomalyModel's name.")]
@@ -113,6 +114,15 @@ def _condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
     return next((condition for condition in found if condition["type"] == kind), {})
 
 
+def _stuck(said: dict[str, Any]) -> str:
+    """Why it does not go on by itself; empty where it does."""
+    synced, promoted = _condition(said, "Synced"), _condition(said, "Promoted")
+    why = synced if synced.get("status") == "False" else promoted
+    if why is promoted and said.get("phase") not in _WAITS_FOR_PEOPLE:
+        return ""
+    return f"{why.get('reason', '-')}: {why.get('message', '')}"
+
+
 def status(
     name: Annotated[str, typer.Argument(help="Only this AnomalyModel, with what it waits for.")] = "",
     *,
@@ -138,7 +148,16 @@ def status(
         roles = (_version(said, "live"), _version(said, "candidate"))
         table.add_row(body["metadata"]["name"], said.get("phase", "-"), *roles, *numbers, ready)
     console.print(table)
+    for body in [] if name else found:
+        if why := _stuck(body.get("status", {})):
+            console.print(f"{body['metadata']['name']}: {why}", soft_wrap=True, highlight=False, markup=False)
     if name:
+        live = found[0].get("status", {}).get("live")
+        if live:
+            at = live.get("threshold")
+            console.print(
+                f"live decides at {'the threshold of its bundle' if at is None else f'{at:g}'}", highlight=False
+            )
         for kind in ("Ready", "Progressing", "Promoted", "Synced"):
             condition = _condition(found[0].get("status", {}), kind)
             text = f"{kind}={condition.get('status', '-')} {condition.get('reason', '')} {condition.get('message', '')}"
