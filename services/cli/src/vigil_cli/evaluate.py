@@ -67,6 +67,9 @@ def evaluate(
         typer.echo(json.dumps(facts))
     else:
         _show(facts)
+        if found.judged and not (facts["normal"] or facts["anomalous"]):
+            unlabelled = "no image lies in a folder such as good/ or defect/, so there is nothing to measure by"
+            errors.print(f"{unlabelled}; the report has the scores", soft_wrap=True, highlight=False)
         console.print(f"report: {output / 'evaluation.html'}", soft_wrap=True, highlight=False)
     if not found.judged:
         raise typer.Exit(1)

@@ -225,7 +225,8 @@ def promote(
 ) -> None:
     """Make a published version live; its token needs the role admin."""
     route = run(make_live(storage_address, name, version, threshold=threshold, force=force, token=token))
-    console.print(f"{route.model} version {route.live} is live")
+    workers = "its workers are yours to start; an AnomalyModel starts them by itself"
+    console.print(f"{route.model} version {route.live} is live; {workers}", soft_wrap=True, highlight=False)
 
 
 async def make_live(

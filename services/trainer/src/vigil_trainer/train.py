@@ -87,7 +87,8 @@ def train(
         InvalidInput: TOO_FEW_IMAGES, MASK_SIZE_MISMATCH, or as `vigil_common.pixels.decode`.
     """
     if len(normal) < FEWEST_IMAGES:
-        raise InvalidInput("TOO_FEW_IMAGES", f"training needs {FEWEST_IMAGES} normal images, there are {len(normal)}")
+        few = f"training needs {FEWEST_IMAGES} normal images, there are {len(normal)}"
+        raise InvalidInput("TOO_FEW_IMAGES", f"{few}; name their folder as the normal one, or call it good/")
     began = time.perf_counter()
     extract = FeatureExtractor()
     total = len(normal) + len(abnormal)
