@@ -1,5 +1,6 @@
 """The `vigil` command."""
 
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from vigil_cli.review import review
 from vigil_cli.stream import stream
 from vigil_cli.train import train
 
-app = typer.Typer(help="Visual anomaly detection: stream, train, publish, query.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True)
 app.command()(stream)
 app.command()(train)
 app.command()(evaluate)
@@ -32,6 +33,22 @@ app.add_typer(sites.app, name="site")
 app.add_typer(rollout.local, name="local")
 for verb in rollout.VERBS:
     app.command()(verb)
+
+
+def _say_version(asked: bool) -> None:  # noqa: FBT001 - Typer's kind of callback
+    if asked:
+        typer.echo(f"vigil {metadata.version('vigil-cli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def vigil(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Visual anomaly detection: stream, train, publish, query."""
 
 
 @app.command()
