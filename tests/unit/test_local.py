@@ -155,7 +155,9 @@ def test_the_split_is_the_same_each_time_and_tests_on_no_training_cell() -> None
 def test_folders_globs_and_videos_are_told_apart(tmp_path: Path) -> None:
     for name in ("b.png", "a.JPG", "notes.txt", "clip.mp4"):
         (tmp_path / name).touch()
-    assert [path.name for path in open_source([str(tmp_path)]).images] == ["a.JPG", "b.png"]
+    whole = open_source([str(tmp_path)])
+    assert [path.name for path in whole.images] == ["a.JPG", "b.png"]
+    assert whole.left_out == len(list(tmp_path.iterdir())) - 2
     assert [path.name for path in open_source([str(tmp_path / "*.png")]).images] == ["b.png"]
     source = open_source([str(tmp_path / "clip.mp4"), "rtsp://camera/1", str(tmp_path / "b.png")])
     assert len(source.streams) == 2

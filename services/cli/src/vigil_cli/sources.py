@@ -28,10 +28,12 @@ class Source:
     Attributes:
         images: Image files, sorted within each path.
         streams: Videos and camera URLs, read after the images.
+        left_out: How many files of folders and globs are no images by their names.
     """
 
     images: tuple[Path, ...]
     streams: tuple[str, ...]
+    left_out: int = 0
 
     @property
     def total(self) -> int | None:
@@ -49,7 +51,20 @@ class Source:
 
 def find_images(folder: Path) -> list[Path]:
     """Every image below a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return _images(_files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _matching(pattern: str) -> list[Path]:
+    found = (Path(match) for match in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute, too
+    return sorted(path for path in found if path.is_file())
+
+
+def _images(files: Sequence[Path]) -> list[Path]:
+    return [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def open_source(paths: Sequence[str]) -> Source:
@@ -60,29 +75,26 @@ def open_source(paths: Sequence[str]) -> Source:
     """
     images: list[Path] = []
     streams: list[str] = []
+    left_out = 0
     for text in paths:
         path = Path(text)
         if text.startswith(_SCHEMES):
             streams.append(text)
-        elif path.is_dir():
-            images += _some(find_images(path), text)
+        elif path.is_dir() or (glob.has_magic(text) and not path.exists()):
+            files = _files(path) if path.is_dir() else _matching(text)
+            found = _images(files)
+            if not found:
+                raise SourceError(f"no image in {text}")
+            images += found
+            left_out += len(files) - len(found)
         elif path.is_file():
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 streams.append(text)
             else:
                 images.append(path)
         else:
-            if not glob.has_magic(text):
-                raise SourceError(f"there is no {text}")
-            matches = sorted(Path(match) for match in glob.glob(text, recursive=True))  # noqa: PTH207 - absolute, too
-            images += _some([match for match in matches if match.suffix.lower() in IMAGE_SUFFIXES], text)
-    return Source(tuple(images), tuple(streams))
-
-
-def _some(found: list[Path], text: str) -> list[Path]:
-    if not found:
-        raise SourceError(f"no image in {text}")
-    return found
+            raise SourceError(f"there is no {text}")
+    return Source(tuple(images), tuple(streams), left_out)
 
 
 async def _video(url: str) -> AsyncIterator[tuple[int, bytes]]:
