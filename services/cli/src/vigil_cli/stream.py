@@ -46,8 +46,8 @@ def stream(
     except SourceError as error:
         raise typer.BadParameter(str(error)) from error
     if source.left_out:
-        what = f"{source.left_out} files are left out, which are no images by their names"
-        errors.print(f"{what}; name one itself to have it sent", highlight=False, soft_wrap=True)
+        what = f"left out, as no images by their names: {source.left_out}"
+        errors.print(f"{what}; name a file itself to have it sent", highlight=False, soft_wrap=True)
     names: dict[str, str] = {}
 
     async def frames() -> AsyncIterator[Frame]:
