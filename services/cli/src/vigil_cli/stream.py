@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -19,6 +20,8 @@ from vigil_cli.sources import Source, SourceError, open_source
 
 # Of errors of one kind; a folder sent to the wrong model would print a line for every image.
 _SHOWN_OF_A_KIND = 10
+# What a label may hold.
+_LONGEST_SOURCE = 1024
 
 
 def progress_bar() -> Progress:
@@ -52,7 +55,9 @@ def stream(
 
     async def frames() -> AsyncIterator[Frame]:
         async for name, image in source:
-            frame = Frame(image, model, camera=camera, visualization=visualization)
+            # So that a stored frame leads back to its file. A camera's URL may hold a password.
+            labels = {} if "://" in name else {"source": quote(name, safe="/#")[-_LONGEST_SOURCE:]}
+            frame = Frame(image, model, camera=camera, visualization=visualization, labels=labels)
             names[frame.frame_id] = name
             yield frame
 
