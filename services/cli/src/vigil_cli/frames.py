@@ -5,11 +5,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
 from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, StoredFrame
 
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, Since, StorageAddress, Token, Until, console, errors, run, told
+from vigil_cli.options import (
+    DEFAULT_STORAGE,
+    AsJson,
+    Since,
+    StorageAddress,
+    Token,
+    Until,
+    console,
+    errors,
+    narrow_table,
+    run,
+    told,
+)
 from vigil_cli.replay import replay
 
 app = typer.Typer(help="Stored frames.", no_args_is_help=True)
@@ -72,14 +82,7 @@ def query(
     # Columns without anything to tell apart would push the others off a narrow terminal.
     cameras, people = len({frame.camera for frame in frames}) > 1, any(frame.annotation for frame in frames)
     names = ["captured", "score", "label", "version", *["camera"] * cameras, *["people"] * people]
-    table = Table(
-        Column("frame", no_wrap=True, min_width=36),
-        *names,
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = narrow_table("frame", *names)
     for frame in frames:
         found = frame.verdict
         judged = ("-", frame.failure_reason, "-")

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
 from vigil_client import HumanLabel, Model, StorageClient
 from vigil_common.bundle import open_bundle
 
-from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, narrow_table, run
 from vigil_cli.sources import find_images
 
 if TYPE_CHECKING:
@@ -56,15 +54,16 @@ def optimise(
 
     async def work() -> None:
         model, content, good, bad = await gather()
+        bundle = open_bundle(content, expected_digest=model.digest)
         with console.status("making variants") as status:
             made = make(
-                open_bundle(content, expected_digest=model.digest),
+                bundle,
                 calibration=good[::2][:_CALIBRATION_IMAGES],
                 normal=good[1::2],
                 anomalous=bad,
                 progress=status.update,
             )
-        _show(made.measured, set(open_bundle(content).manifest.artefacts))
+        _show(made.measured, set(bundle.manifest.artefacts))
         if output is not None:
             output.write_bytes(made.bundle)
             console.print(f"{output}: {len(made.bundle):,} bytes")
@@ -77,19 +76,7 @@ def optimise(
 
 def _show(measured: Sequence["Measured"], originals: set[str]) -> None:
     """The table, and below it why something is no variant."""
-    table = Table(
-        Column("artefact", no_wrap=True),
-        "kept",
-        "ms",
-        "MB",
-        "AUROC",
-        "flips",
-        "off by",
-        "threshold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = narrow_table("artefact", "kept", "ms", "MB", "AUROC", "flips", "off by", "threshold")
     refused: dict[str, list[str]] = {}
     for one in measured:
         kept = "original" if one.name in originals else "no" if one.refused else "yes"

@@ -9,8 +9,10 @@ from datetime import datetime
 from typing import Annotated, TypeVar
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column, Table
 from vigil_client import Failure, ServiceError
 from vigil_common.bundle import NAME
 from vigil_common.errors import VigilError
@@ -23,6 +25,13 @@ T = TypeVar("T")
 _PIPE_WIDTH = 200
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
 errors = Console(stderr=True)
+
+
+def narrow_table(first: str, *columns: str) -> Table:
+    """A table of many columns that fits 80 characters; what stands in the first column is never cut."""
+    column = Column(first, no_wrap=True)
+    return Table(column, *columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+
 
 Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
 StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]

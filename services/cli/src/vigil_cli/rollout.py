@@ -116,11 +116,11 @@ def _condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def _stuck(said: dict[str, Any]) -> str:
     """Why it does not go on by itself; empty where it does."""
-    synced, promoted = _condition(said, "Synced"), _condition(said, "Promoted")
-    why = synced if synced.get("status") == "False" else promoted
-    if why is promoted and said.get("phase") not in _WAITS_FOR_PEOPLE:
-        return ""
-    return f"{why.get('reason', '-')}: {why.get('message', '')}"
+    kind = "Promoted" if said.get("phase") in _WAITS_FOR_PEOPLE else ""
+    if _condition(said, "Synced").get("status") == "False":
+        kind = "Synced"
+    why = _condition(said, kind)
+    return f"{why.get('reason', '-')}: {why.get('message', '')}" if kind else ""
 
 
 def status(
@@ -148,20 +148,24 @@ def status(
         roles = (_version(said, "live"), _version(said, "candidate"))
         table.add_row(body["metadata"]["name"], said.get("phase", "-"), *roles, *numbers, ready)
     console.print(table)
-    for body in [] if name else found:
+    if name:
+        _explain(found[0].get("status", {}))
+        return
+    for body in found:
         if why := _stuck(body.get("status", {})):
             console.print(f"{body['metadata']['name']}: {why}", soft_wrap=True, highlight=False, markup=False)
-    if name:
-        live = found[0].get("status", {}).get("live")
-        if live:
-            at = live.get("threshold")
-            console.print(
-                f"live decides at {'the threshold of its bundle' if at is None else f'{at:g}'}", highlight=False
-            )
-        for kind in ("Ready", "Progressing", "Promoted", "Synced"):
-            condition = _condition(found[0].get("status", {}), kind)
-            text = f"{kind}={condition.get('status', '-')} {condition.get('reason', '')} {condition.get('message', '')}"
-            console.print(text.rstrip(), soft_wrap=True, highlight=False, markup=False)
+
+
+def _explain(said: dict[str, Any]) -> None:
+    """What one is waiting for, and where its live version decides."""
+    if live := said.get("live"):
+        at = live.get("threshold")
+        decides = "the threshold of its bundle" if at is None else f"{at:g}"
+        console.print(f"live decides at {decides}", highlight=False)
+    for kind in ("Ready", "Progressing", "Promoted", "Synced"):
+        condition = _condition(said, kind)
+        text = f"{kind}={condition.get('status', '-')} {condition.get('reason', '')} {condition.get('message', '')}"
+        console.print(text.rstrip(), soft_wrap=True, highlight=False, markup=False)
 
 
 async def _request(name: str, verb: str, role: str, deadline_s: float = REQUEST_DEADLINE_S) -> dict[str, Any]:

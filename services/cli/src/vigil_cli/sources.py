@@ -80,18 +80,18 @@ def open_source(paths: Sequence[str]) -> Source:
         path = Path(text)
         if text.startswith(_SCHEMES):
             streams.append(text)
-        elif path.is_dir() or (glob.has_magic(text) and not path.exists()):
+        elif path.is_file():
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                streams.append(text)
+            else:
+                images.append(path)
+        elif path.is_dir() or glob.has_magic(text):
             files = _files(path) if path.is_dir() else _matching(text)
             found = _images(files)
             if not found:
                 raise SourceError(f"no image in {text}")
             images += found
             left_out += len(files) - len(found)
-        elif path.is_file():
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                streams.append(text)
-            else:
-                images.append(path)
         else:
             raise SourceError(f"there is no {text}")
     return Source(tuple(images), tuple(streams), left_out)

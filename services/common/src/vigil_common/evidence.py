@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from vigil_common.errors import InvalidInput
 
 CONFIDENCE = 0.95
-TOO_FEW = "; not decided before minFrames"
 # The standard normal's quantile at CONFIDENCE, for one-sided bounds.
 Z = 1.6448536269514722
+TOO_FEW = "; not decided before minFrames"
 
 
 class Outcome(enum.Enum):
