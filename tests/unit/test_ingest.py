@@ -6,6 +6,8 @@ import asyncio
 import io
 import time
 import uuid
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -118,19 +120,27 @@ class Served:
             await source.emit([Emission(frame.entry_id, header.frame_id, data, data)])
 
 
-@pytest.fixture
-async def served() -> AsyncIterator[Served]:
+@asynccontextmanager
+async def serving(limits: Limits) -> AsyncIterator[Served]:
     streams = MemoryStreams(budget_bytes=20_000)
     await streams.routing.promote(MODEL, version=3, digest="sha256:3", threshold=None)
-    app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=limits)
     handle = create_server("127.0.0.1:0", access={"vigil.ingest.v1.IngestService": {}}, security=SecuritySettings())
     servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
     ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
     await handle.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{handle.port}") as channel:
-        yield Served(ingest_pb2_grpc.IngestServiceStub(channel), streams)
-    await handle.drain(0)
-    await app.close()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{handle.port}") as channel:
+            yield Served(ingest_pb2_grpc.IngestServiceStub(channel), streams)
+    finally:
+        await handle.drain(0)
+        await app.close()
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    async with serving(LIMITS) as found:
+        yield found
 
 
 def request(frame_id: str, image: bytes | None = None, **fields: Any) -> ingest_pb2.StreamRequest:
@@ -272,7 +282,7 @@ async def test_a_full_queue_refuses_with_a_delay_and_loses_nothing_accepted(serv
     assert depth.image_bytes <= 20_000
 
 
-async def test_a_slow_reader_stops_the_reading_at_its_window(served: Served) -> None:
+async def test_a_slow_reader_stops_the_reading_at_its_window() -> None:
     sent = 0
 
     async def offer() -> AsyncIterator[ingest_pb2.StreamRequest]:
@@ -282,12 +292,14 @@ async def test_a_slow_reader_stops_the_reading_at_its_window(served: Served) -> 
             wait = ingest_pb2.WAIT_FOR_VERDICT
             yield ingest_pb2.StreamRequest(frame=request(f"f{index}").frame, wait_for=wait)
 
-    call = served.stub.Stream(offer())
-    deadline = time.monotonic() + 2
-    while (await served.streams.queue.depth(MODEL)).frames < 4 and time.monotonic() < deadline:
-        await asyncio.sleep(0.01)
-    assert (await served.streams.queue.depth(MODEL)).frames == 4
-    call.cancel()
+    # A verdict that is late is an answer, which makes room for another frame.
+    async with serving(replace(LIMITS, verdict_timeout_s=60.0)) as served:
+        call = served.stub.Stream(offer())
+        deadline = time.monotonic() + 2
+        while (await served.streams.queue.depth(MODEL)).frames < 4 and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert (await served.streams.queue.depth(MODEL)).frames == 4
+        call.cancel()
 
 
 async def test_submit_puts_the_reason_into_the_status(served: Served) -> None:
