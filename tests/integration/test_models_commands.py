@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -28,13 +29,16 @@ class Commands:
             "COLUMNS": "200",
         }
 
-    async def run(self, *words: str, fails: bool = False) -> str:
-        process = await asyncio.create_subprocess_exec(
+    async def start(self, *words: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "vigil_cli", *words),
             env=self._env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+
+    async def run(self, *words: str, fails: bool = False) -> str:
+        process = await self.start(*words)
         output = (await process.communicate())[0].decode()
         assert (process.returncode != 0) == fails, output
         return output
@@ -54,10 +58,34 @@ async def test_a_version_is_published_shown_fetched_verified_promoted_and_deprec
         assert fetched.read_bytes() == trained_bundle()
         assert shown["digest"] in await vigil("model", "verify", str(fetched), "--digest", shown["digest"])
         assert "DIGEST_MISMATCH" in await vigil("model", "verify", str(fetched), "--digest", "sha256:0", fails=True)
+        assert "live" not in await vigil("model", "list")
         await vigil("model", "promote", MODEL)
+        assert "live" in await vigil("model", "list")
         await vigil("model", "deprecate", MODEL, "--version", "1", "--reason", "misses cracks")
-        assert "misses cracks" in await vigil("model", "list")
+        listed = await vigil("model", "list")
+        assert f"{MODEL} version 1 is deprecated: misses cracks" in listed
+        assert "live" in listed
         assert "is deprecated (misses cracks)" in await vigil("model", "promote", MODEL, fails=True)
+
+
+async def test_a_stream_that_is_interrupted_says_what_came_back(tmp_path: Path) -> None:
+    cell = tmp_path / "cell.png"
+    cell.write_bytes(load_cells().defective[0])
+    async with LocalStack(tmp_path / "stack") as stack, StorageClient(stack.storage_address) as storage:
+        await storage.models_publish(trained_bundle(), name=MODEL)
+        commands = Commands(stack)
+        await commands.run("model", "promote", MODEL, "--threshold", "0.001")
+        await stack.add_worker(MODEL, 1)
+        streaming = await commands.start("stream", "-m", MODEL, *[str(cell)] * 10_000)
+        async with asyncio.timeout(60):
+            assert streaming.stdout is not None
+            assert "anomalous" in (await streaming.stdout.readline()).decode()
+        streaming.send_signal(signal.SIGINT)
+        said = (await streaming.communicate())[0].decode()
+    assert streaming.returncode not in (0, None)
+    assert "Traceback" not in said
+    assert "median latency" in said
+    assert "were on their way" in said
 
 
 async def test_frames_that_could_not_be_judged_are_replayed_once_what_was_wrong_is_mended(tmp_path: Path) -> None:

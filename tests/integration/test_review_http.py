@@ -38,7 +38,8 @@ from vigil_storage.annotations import AnnotationKeeper
 from vigil_storage.app import Storage
 from vigil_storage.bootstrap import ACCESS
 from vigil_storage.reviews import Reviews
-from vigil_storage.servicer import FrameServicer, ModelServicer
+from vigil_storage.routes import Routes
+from vigil_storage.servicer import FrameServicer, ModelServicer, RouteServicer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -88,6 +89,7 @@ class Site:
     tokens: dict[str, str]
     frames: EmbeddedFrameStore
     models: EmbeddedModelStore
+    streams: MemoryStreams
     storage: Any
     server: BaseTestServer
     sessions: Sessions
@@ -126,6 +128,8 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     app = Storage(frames, models)
     storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
     storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
+    routes = RouteServicer(Routes(models, streams.routing))
+    storage_pb2_grpc.add_RouteServiceServicer_to_server(routes, handle.server)
     await handle.start()
     keeper = AnnotationKeeper(M, streams.reviews, annotations, frames, confirm_after_s=0.05)
     keeping = asyncio.create_task(keeper.run())
@@ -133,7 +137,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
     clock = [0.0]
     sessions = Sessions(60.0, clock=lambda: clock[0])
     async with TestServer(create_app(backend, sessions, secure=False)) as server:
-        found = Site(tokens, frames, models, handle, server, sessions, clock)
+        found = Site(tokens, frames, models, streams, handle, server, sessions, clock)
         yield found
         for client in found.clients:
             await client.session.close()
@@ -335,7 +339,7 @@ def test_a_canvas_without_a_mark_is_no_mask() -> None:
     assert pictures.drawn(image(mode="RGBA", fill=(255, 0, 0, 100))) == b""
 
 
-async def test_a_models_page_shows_its_versions_with_metrics_and_why_one_is_deprecated(site: Site) -> None:
+async def test_a_models_page_shows_its_versions_with_roles_and_metrics_and_why_one_is_deprecated(site: Site) -> None:
     for version, metrics in ((1, "{auroc: 0.9123, f1: 0.8}"), (2, "{}")):
         info = ModelInfo(
             name=M,
@@ -350,11 +354,14 @@ async def test_a_models_page_shows_its_versions_with_metrics_and_why_one_is_depr
         await site.models.upload(M, info.digest, 3, one_chunk(b"tar"))
         await site.models.publish(info)
     await site.models.deprecate(M, 1, "blind on <edges>")
+    await site.streams.routing.promote(M, version=2, digest=f"sha256:{2:064}", threshold=None)
     client = await site.logged_in()
     assert f'href="/m/{M}/next"' in await (await client.get("/")).text()
     text = await (await client.get(f"/m/{M}")).text()
     assert "auroc 0.912, f1 0.800" in re.sub(r"\s+", " ", text)
     assert "deprecated: blind on &lt;edges&gt;" in text
+    assert "<td>2 <b>live</b></td>" in text
+    assert "<td>1</td>" in text
     assert "No frame was judged in this time" in text
     assert (await client.get(f"/m/{M}?minutes=7")).status == 400
 

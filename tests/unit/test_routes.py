@@ -17,7 +17,7 @@ from vigil_common.grpc.server import create_server
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.ports import ModelInfo
 from vigil_common.streams.memory import MemoryStreams
-from vigil_common.streams.ports import Live
+from vigil_common.streams.ports import Candidate, Live
 from vigil_storage.bootstrap import ACCESS
 from vigil_storage.routes import Routes
 from vigil_storage.servicer import RouteServicer
@@ -30,6 +30,7 @@ MODEL = "cells"
 ROLES = {
     "boss": {"roles": ["admin"], "models": [MODEL]},
     "nuts-boss": {"roles": ["admin"], "models": ["nuts"]},
+    "line-1": {"roles": ["stream"]},
     "trainer": {"roles": ["publish", "review", "serve", "stream"]},
 }
 
@@ -116,6 +117,26 @@ async def test_only_an_admin_of_the_model_changes_what_is_live(
                 await call
             assert (caught.value.failure.code, caught.value.failure.reason) == (code, reason)
     assert await bench.streams.routing.get(MODEL) == before
+
+
+async def test_what_is_live_and_compared_is_seen_by_who_may_read_models_and_by_nobody_else(bench: Bench) -> None:
+    routing = bench.streams.routing
+    live, candidate = (Live(1, a_version(1).digest), Candidate(2, a_version(2).digest))
+    await routing.write(MODEL, live=live, candidate=candidate)
+    await routing.promote("nuts", version=7, digest=a_version(7).digest, threshold=None)
+    async with bench.asked_by("trainer") as routes:
+        cells, nuts = await routes.list_routes()
+        assert (cells.model, cells.live, cells.candidate) == (MODEL, 1, 2)
+        assert nuts == Route("nuts", 7, None, 0)
+        assert await routes.list_routes("nuts") == [nuts]
+        assert await routes.list_routes("bolts") == []
+    async with bench.asked_by("nuts-boss") as routes:
+        assert await routes.list_routes() == [nuts]
+        with pytest.raises(ServiceError, match="MODEL_NOT_ALLOWED"):
+            await routes.list_routes(MODEL)
+    async with bench.asked_by("line-1") as routes:
+        with pytest.raises(ServiceError, match="ROLE_MISSING"):
+            await routes.list_routes()
 
 
 async def test_a_promotion_and_a_comparison_are_written_down_with_who_from_and_to(bench: Bench) -> None:

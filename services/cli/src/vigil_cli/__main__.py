@@ -1,17 +1,35 @@
-"""Entry point: `vigil`, and in the image `python -m vigil_cli`."""
+"""Entry points: `vigil`, in the image `python -m vigil_cli`, and `kubectl vigil`.
+
+Ctrl-C while the rest is still being loaded ends them as quietly as later.
+"""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command; Ctrl-C while the rest is still being loaded ends it as quietly as later."""
-    try:
+    """Run a command of `vigil`."""
+    with _quietly_interrupted():
         from vigil_cli.main import app  # noqa: PLC0415 - see above
+    app()
+
+
+def kubectl() -> None:
+    """Run a command of `kubectl vigil`."""
+    with _quietly_interrupted():
+        from vigil_cli.rollout import kubectl as app  # noqa: PLC0415 - see above
+    app()
+
+
+@contextmanager
+def _quietly_interrupted() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
-    app()
 
 
 if __name__ == "__main__":

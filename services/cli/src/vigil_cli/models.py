@@ -20,6 +20,7 @@ from vigil_cli.options import (
     check_name,
     console,
     errors,
+    narrow_table,
     run,
     told,
 )
@@ -83,20 +84,30 @@ def list_(
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
-    """List published versions; `show` has their whole digests."""
+    """List published versions and which are live; `show` has their whole digests."""
 
-    async def work() -> list[Model]:
+    async def work() -> tuple[list[Model], list[Route]]:
         async with StorageClient(storage_address, token=token) as storage:
-            return await storage.models_list(name)
+            models = await storage.models_list(name)
+        async with RouteClient(storage_address, token=token) as routes:
+            return models, await routes.list_routes(name)
 
-    # Fits a terminal of 80 columns, with a deprecation's reason on several lines.
-    fold = Column("deprecated", overflow="fold")
-    table = Table("model", "version", Column("formats", overflow="fold"), "MB", "published", "digest", fold, padding=0)
-    for model in run(work()):
+    models, routes = run(work())
+    if not models:
+        console.print(f"no version of {name or 'any model'} is published: `vigil model publish BUNDLE`")
+        return
+    roles = {(route.model, route.candidate): "candidate" for route in routes}
+    roles |= {(route.model, route.live): "live" for route in routes}
+    table = narrow_table("model", "version", "", "formats", "MB", "published", "digest")
+    for model in models:
         published, digest = f"{model.published_at:%Y-%m-%d %H:%M}", model.digest[:SHORT_DIGEST]
         formats, size = "\n".join(model.formats), f"{model.size_bytes / 1e6:,.1f}"
-        table.add_row(model.name, str(model.version), formats, size, published, digest, model.deprecated)
+        role = roles.get((model.name, model.version)) or ("deprecated" if model.deprecated else "")
+        table.add_row(model.name, str(model.version), role, formats, size, published, digest)
     console.print(table)
+    for model in filter(lambda found: found.deprecated, models):
+        text = f"{model.name} version {model.version} is deprecated: {model.deprecated}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -138,10 +149,14 @@ def show(
     for what, value in facts.items():
         nested = value.items() if isinstance(value, dict) else ()
         if not nested:
-            table.add_row(what, str(value))
+            table.add_row(what, _plain(value))
         for inner, found in nested:
-            table.add_row(f"{what}.{inner}", str(found))
+            table.add_row(f"{what}.{inner}", _plain(found))
     console.print(table)
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @app.command()

@@ -2,9 +2,9 @@
 
 import asyncio
 import json
-from collections import Counter
-from collections.abc import AsyncIterator
-from dataclasses import replace
+import statistics
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -22,6 +22,8 @@ from vigil_cli.sources import Source, SourceError, open_source
 _SHOWN_OF_A_KIND = 10
 # What a label may hold.
 _LONGEST_SOURCE = 1024
+# Of how many frames the median latency is.
+_LATENCIES = 10_000
 
 
 def progress_bar() -> Progress:
@@ -61,50 +63,90 @@ def stream(
             names[frame.frame_id] = name
             yield frame
 
-    async def work() -> list[Result]:
+    tally = _Tally()
+
+    async def work() -> None:
         with traced("client") as tracer:
             sdk = tracer.sdk if tracer is not None else None
             async with VigilClient(address, window=window, token=token, tracer=sdk) as client:
-                return await _collect(client.stream(frames(), wait_for=wait), source, names, pictures, as_json=as_json)
+                answers = client.stream(frames(), wait_for=wait)
+                await _collect(answers, tally, source, names, pictures, as_json=as_json)
 
-    results = run(work())
-    if not as_json:
-        _show(results)
-    for next_step in {hint(result.error) for result in results if result.error} - {""}:
-        errors.print(next_step, highlight=False, soft_wrap=True)
-    if any(result.error for result in results):
+    try:
+        run(work())
+    finally:  # a camera's stream ends by Ctrl-C
+        if not as_json:
+            console.print(tally.table())
+        for line in tally.remarks(named=as_json):
+            errors.print(line, highlight=False, soft_wrap=True)
+        if names:
+            errors.print(f"{len(names)} more were on their way; what was accepted of them is judged and stored")
+    if tally.errors:
         raise typer.Exit(1)
 
 
+class _Tally:
+    """What came back, in bounded space: a camera's stream may go on for years."""
+
+    def __init__(self) -> None:
+        self.frames = self.accepted = self.verdicts = self.anomalous = 0
+        self.errors: Counter[str] = Counter()
+        self._next_steps: set[str] = set()
+        self._latencies_s: deque[float] = deque(maxlen=_LATENCIES)
+
+    def add(self, result: Result) -> None:
+        """Count a frame's answer."""
+        self.frames += 1
+        self.accepted += result.accepted
+        self._latencies_s.append(result.latency_s)
+        if result.verdict is not None:
+            self.verdicts += 1
+            self.anomalous += result.verdict.anomalous
+        elif result.error is not None:
+            self.errors[result.error.reason or result.error.code] += 1
+            self._next_steps |= {hint(result.error)} - {""}
+
+    def remarks(self, *, named: bool) -> Iterator[str]:
+        """Errors that were not printed, unless each was, and what to do next."""
+        for reason, count in self.errors.items():
+            if not named and count > _SHOWN_OF_A_KIND:
+                yield f"{count - _SHOWN_OF_A_KIND} more: {reason}; --json names them all"
+        yield from sorted(self._next_steps)
+
+    def table(self) -> Table:
+        """One line on all."""
+        table = Table("frames", "accepted", "verdicts", "anomalous", "errors", "median latency")
+        counts = (self.frames, self.accepted, self.verdicts, self.anomalous, self.errors.total())
+        median = f"{statistics.median(self._latencies_s) * 1000:.0f} ms" if self._latencies_s else "-"
+        table.add_row(*map(str, counts), median)
+        return table
+
+
 async def _collect(
-    answers: AsyncIterator[Result], source: Source, names: dict[str, str], pictures: Path, *, as_json: bool
-) -> list[Result]:
-    results: list[Result] = []
-    refused: Counter[str] = Counter()
+    answers: AsyncIterator[Result],
+    tally: _Tally,
+    source: Source,
+    names: dict[str, str],
+    pictures: Path,
+    *,
+    as_json: bool,
+) -> None:
     with progress_bar() as progress:
         task = progress.add_task("streaming", total=source.total)
         async for result in answers:
             progress.advance(task)
+            tally.add(result)
             name = names.pop(result.frame_id)
             if as_json:
                 typer.echo(json.dumps(_plain(result, name)))
             elif result.error is not None:
                 reason = result.error.reason or result.error.code
-                refused[reason] += 1
-                if refused[reason] <= _SHOWN_OF_A_KIND:
+                if tally.errors[reason] <= _SHOWN_OF_A_KIND:
                     errors.print(f"{name}: {reason}: {result.error.message}", highlight=False, soft_wrap=True)
             elif result.verdict is not None and result.verdict.anomalous:
                 console.print(f"{name}: anomalous, {result.verdict.score:.3f}", highlight=False, soft_wrap=True)
             if result.verdict is not None and result.verdict.visualization:
                 await asyncio.to_thread(_save, pictures / f"{result.frame_id}.png", result.verdict.visualization)
-                # A long stream must not pile up its pictures in memory.
-                result = replace(result, verdict=replace(result.verdict, visualization=None))  # noqa: PLW2901
-            results.append(result)
-    for reason, count in refused.items():
-        if not as_json and count > _SHOWN_OF_A_KIND:
-            more = f"{count - _SHOWN_OF_A_KIND} more: {reason}; --json names them all"
-            errors.print(more, highlight=False, soft_wrap=True)
-    return results
 
 
 def _save(path: Path, picture: bytes) -> None:
@@ -123,18 +165,3 @@ def _plain(result: Result, name: str) -> dict[str, object]:
     else:
         plain["accepted"] = result.accepted
     return plain
-
-
-def _show(results: list[Result]) -> None:
-    verdicts = [result.verdict for result in results if result.verdict is not None]
-    table = Table("frames", "accepted", "verdicts", "anomalous", "errors", "median latency")
-    latencies = sorted(result.latency_s for result in results)
-    table.add_row(
-        str(len(results)),
-        str(sum(result.accepted for result in results)),
-        str(len(verdicts)),
-        str(sum(verdict.anomalous for verdict in verdicts)),
-        str(sum(result.error is not None for result in results)),
-        f"{latencies[len(latencies) // 2] * 1000:.0f} ms" if latencies else "-",
-    )
-    console.print(table)

@@ -1,4 +1,4 @@
-"""Which version of a model judges its frames, as a token of the role admin may change it."""
+"""Which version of a model judges its frames; to change it takes a token of the role admin."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ class RouteClient(Connected):
     @property
     def _stub(self) -> storage_pb2_grpc.RouteServiceAsyncStub:
         return storage_pb2_grpc.RouteServiceStub(self.channel)
+
+    async def list_routes(self, model: str = "") -> list[Route]:
+        """What is live and compared, of one model or of every one; nothing of models that have no live version."""
+        request = storage_pb2.ListRoutesRequest(model=model)
+        try:
+            response = await self._stub.ListRoutes(request, metadata=self.metadata, timeout=_CALL_S)
+        except grpc.aio.AioRpcError as error:
+            raise ServiceError(convert.rpc_failure(error)) from error
+        return [convert.route(route) for route in response.routes]
 
     async def promote(
         self, model: str, version: int = 0, *, threshold: float | None = None, force: bool = False

@@ -231,7 +231,7 @@ async def _model(request: web.Request) -> web.Response:
         raise web.HTTPBadRequest(text="minutes is a number") from error
     if minutes not in SPANS_MIN:
         raise web.HTTPBadRequest(text=f"minutes is one of {', '.join(map(str, SPANS_MIN))}")
-    versions = await backend.models(session.token, name)
+    versions, roles = await backend.models(session.token, name), await backend.roles(session.token, name)
     start = datetime.now(UTC) - timedelta(minutes=minutes)
     frames, complete = await backend.since(session.token, name, start)
     end = datetime.now(UTC) if complete or not frames else frames[-1].stored_at
@@ -241,6 +241,7 @@ async def _model(request: web.Request) -> web.Response:
         "model.html",
         model=name,
         versions=versions.get(name, []),
+        roles=roles,
         cameras=[(camera, charts.histogram(camera)) for camera in found],
         frames=len(frames),
         complete=complete,

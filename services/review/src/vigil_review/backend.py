@@ -74,6 +74,7 @@ class Backend:
         self._storage = connect(settings.storage_address, own)
         self._frames: storage_pb2_grpc.FrameServiceAsyncStub = storage_pb2_grpc.FrameServiceStub(self._storage)
         self._models: storage_pb2_grpc.ModelServiceAsyncStub = storage_pb2_grpc.ModelServiceStub(self._storage)
+        self._routes: storage_pb2_grpc.RouteServiceAsyncStub = storage_pb2_grpc.RouteServiceStub(self._storage)
         self._workers: dict[str, grpc.aio.Channel] = {}
 
     async def close(self) -> None:
@@ -90,6 +91,18 @@ class Backend:
         found: dict[str, list[Version]] = {}
         for model in answer.models:
             found.setdefault(model.version.name, []).insert(0, _version(model))
+        return found
+
+    async def roles(self, token: str, model: str) -> dict[int, str]:
+        """Which version is "live", and which is its "candidate"."""
+        request = storage_pb2.ListRoutesRequest(model=model)
+        with _translated():
+            answer = await self._routes.ListRoutes(request, metadata=_bearer(token), timeout=CALL_S)
+        found: dict[int, str] = {}
+        for route in answer.routes:
+            found[route.live.version] = "live"
+            if route.HasField("candidate"):
+                found[route.candidate.version] = "candidate"
         return found
 
     async def queue(

@@ -39,8 +39,8 @@ ACCESS: Access = {
         "*": frozenset({Role.REVIEW}),
     },
     "vigil.storage.v1.ModelService": {"List": READ, "GetModel": READ, "Download": READ, "*": frozenset({Role.PUBLISH})},
-    # An admin's alone: who publishes does not decide what is live.
-    "vigil.storage.v1.RouteService": {"*": frozenset()},
+    # A change is an admin's alone: who publishes does not decide what is live.
+    "vigil.storage.v1.RouteService": {"ListRoutes": READ, "*": frozenset()},
 }
 RETRY_S = 1.0
 WINDOW_BYTES = 4 << 20

@@ -35,6 +35,12 @@ class Routes:
         self._models = models
         self._routing = routing
 
+    async def current(self, model: str = "") -> list[Route]:
+        """The routes there are: of one model, or of every one by name."""
+        names = [model] if model else sorted(await self._routing.models())
+        found = [await self._routing.get(name) for name in names]
+        return [route for route in found if route is not None]
+
     async def promote(self, model: str, version: int, threshold: float | None, *, force: bool = False) -> Route:
         """Make a version live (0: the newest); `NotLive` VERSION_DEPRECATED.
 
@@ -46,7 +52,7 @@ class Routes:
             raise NotLive("VERSION_DEPRECATED", what)
         before = await self._routing.get(model)
         if before is not None and not force:
-            _check_unmanaged(before)
+            _check_unmanaged(before, otherwise=", or promote with --force while its operator is away")
         route = await self._routing.promote(
             model,
             version=info.version,
@@ -96,11 +102,11 @@ class Routes:
         return await self._routing.write(model, live=before.live, candidate=candidate, after=before.generation)
 
 
-def _check_unmanaged(route: Route) -> None:
+def _check_unmanaged(route: Route, *, otherwise: str = "") -> None:
     if route.managed_by:
         namespace, _, name = route.managed_by.partition("/")
         raise Managed(
             "MANAGED",
             f"AnomalyModel {name} in namespace {namespace} decides on {route.model} and would undo this; change its "
-            "spec instead (`kubectl apply` or `vigil local apply`), or promote with --force while its operator is away",
+            f"spec instead (`kubectl apply` or `vigil local apply`){otherwise}",
         )

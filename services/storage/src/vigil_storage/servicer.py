@@ -146,6 +146,13 @@ class RouteServicer(storage_pb2_grpc.RouteServiceServicer):
     def __init__(self, routes: Routes) -> None:
         self._routes = routes
 
+    async def ListRoutes(self, request: storage_pb2.ListRoutesRequest, _context: Any) -> storage_pb2.ListRoutesResponse:
+        """What is live, of one model or of all that the caller may see."""
+        if request.model:
+            authorize(request.model)
+        routes = await self._routes.current(request.model)
+        return storage_pb2.ListRoutesResponse(routes=[convert.route_of(route) for route in routes if may(route.model)])
+
     async def Promote(self, request: storage_pb2.PromoteRequest, _context: Any) -> storage_pb2.PromoteResponse:
         """Make a version live."""
         authorize(request.model)

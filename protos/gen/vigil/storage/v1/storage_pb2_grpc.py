@@ -537,7 +537,7 @@ class ModelService:
 
 
 class RouteServiceStub:
-    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may change it; each change
     is one step, which ingest and workers follow within a second, and one line "audit" of the log.
     """
 
@@ -547,6 +547,11 @@ class RouteServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.ListRoutes = channel.unary_unary(
+                '/vigil.storage.v1.RouteService/ListRoutes',
+                request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ListRoutesRequest.SerializeToString,
+                response_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ListRoutesResponse.FromString,
+                _registered_method=True)
         self.Promote = channel.unary_unary(
                 '/vigil.storage.v1.RouteService/Promote',
                 request_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteRequest.SerializeToString,
@@ -565,9 +570,16 @@ class RouteServiceStub:
 
 
 class RouteServiceServicer:
-    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may change it; each change
     is one step, which ingest and workers follow within a second, and one line "audit" of the log.
     """
+
+    def ListRoutes(self, request, context):
+        """What is live, and what is compared with it; nothing of models that have no live version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Promote(self, request, context):
         """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
@@ -595,6 +607,11 @@ class RouteServiceServicer:
 
 def add_RouteServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'ListRoutes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRoutes,
+                    request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ListRoutesRequest.FromString,
+                    response_serializer=vigil_dot_storage_dot_v1_dot_storage__pb2.ListRoutesResponse.SerializeToString,
+            ),
             'Promote': grpc.unary_unary_rpc_method_handler(
                     servicer.Promote,
                     request_deserializer=vigil_dot_storage_dot_v1_dot_storage__pb2.PromoteRequest.FromString,
@@ -619,9 +636,36 @@ def add_RouteServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouteService:
-    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may change it; each change
     is one step, which ingest and workers follow within a second, and one line "audit" of the log.
     """
+
+    @staticmethod
+    def ListRoutes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vigil.storage.v1.RouteService/ListRoutes',
+            vigil_dot_storage_dot_v1_dot_storage__pb2.ListRoutesRequest.SerializeToString,
+            vigil_dot_storage_dot_v1_dot_storage__pb2.ListRoutesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Promote(request,

@@ -218,7 +218,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class RouteServiceStub:
-    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may change it; each change
     is one step, which ingest and workers follow within a second, and one line "audit" of the log.
     """
 
@@ -226,6 +226,8 @@ class RouteServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RouteServiceAsyncStub: ...
+    ListRoutes: _grpc.UnaryUnaryMultiCallable[_storage_pb2.ListRoutesRequest, _storage_pb2.ListRoutesResponse]
+    """What is live, and what is compared with it; nothing of models that have no live version."""
     Promote: _grpc.UnaryUnaryMultiCallable[_storage_pb2.PromoteRequest, _storage_pb2.PromoteResponse]
     """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
     UNAVAILABLE where somebody else changed the route at the same moment: the same call again is right.
@@ -239,11 +241,13 @@ class RouteServiceStub:
 
 @_typing.type_check_only
 class RouteServiceAsyncStub(RouteServiceStub):
-    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may change it; each change
     is one step, which ingest and workers follow within a second, and one line "audit" of the log.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    ListRoutes: _aio.UnaryUnaryMultiCallable[_storage_pb2.ListRoutesRequest, _storage_pb2.ListRoutesResponse]  # type: ignore[assignment]
+    """What is live, and what is compared with it; nothing of models that have no live version."""
     Promote: _aio.UnaryUnaryMultiCallable[_storage_pb2.PromoteRequest, _storage_pb2.PromoteResponse]  # type: ignore[assignment]
     """Make a published version live; a comparison under way ends. FAILED_PRECONDITION for a deprecated version.
     UNAVAILABLE where somebody else changed the route at the same moment: the same call again is right.
@@ -256,9 +260,17 @@ class RouteServiceAsyncStub(RouteServiceStub):
     """End the comparison; its report stays. NOT_FOUND where nothing is live, UNAVAILABLE as for Promote."""
 
 class RouteServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Which version of a model judges its frames. Only a token of the role admin that has the model may call it; each change
+    """Which version of a model judges its frames. Only a token of the role admin that has the model may change it; each change
     is one step, which ingest and workers follow within a second, and one line "audit" of the log.
     """
+
+    @_abc_1.abstractmethod
+    def ListRoutes(
+        self,
+        request: _storage_pb2.ListRoutesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_storage_pb2.ListRoutesResponse, _abc.Awaitable[_storage_pb2.ListRoutesResponse]]:
+        """What is live, and what is compared with it; nothing of models that have no live version."""
 
     @_abc_1.abstractmethod
     def Promote(
