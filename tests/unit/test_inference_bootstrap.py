@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from vigil_inference import bootstrap
+from vigil_inference.config import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,3 +42,39 @@ def test_without_control_groups_all_it_may_run_on_count(tmp_path: Path, monkeypa
 def test_only_a_quick_model_takes_several_images_in_one_run(engine: str, run_s: float, expected: int) -> None:
     model: Any = SimpleNamespace(engine=SimpleNamespace(name=engine), proven=SimpleNamespace(run_s=run_s))
     assert bootstrap.usual_batch_size(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("frozen", "asked", "takes", "expected"),
+    [
+        (None, 0, True, 8),
+        (None, 4, True, 4),
+        (None, 4, False, 1),
+        (None, 0, False, 1),
+        (2, 4, False, 2),
+        (1, 0, True, 1),
+    ],
+)
+def test_no_run_has_more_images_than_the_graph_takes(
+    frozen: int | None,
+    asked: int,
+    takes: bool,  # noqa: FBT001
+    expected: int,
+) -> None:
+    model: Any = SimpleNamespace(
+        engine=SimpleNamespace(name="onnxruntime"),
+        proven=SimpleNamespace(run_s=0.0001),
+        manifest=SimpleNamespace(fixed_batch=frozen),
+        takes=lambda _: takes,
+    )
+    assert bootstrap.batch_size_of(model, asked) == expected
+
+
+async def test_a_worker_that_waits_for_storage_ends_when_it_is_asked_to() -> None:
+    settings = Settings(model="cells", storage_address="127.0.0.1:1", inference_bind="127.0.0.1:0")
+    stop = asyncio.Event()
+    serving = asyncio.create_task(bootstrap.serve(settings, stop))
+    await asyncio.sleep(0.1)
+    assert not serving.done()
+    stop.set()
+    await asyncio.wait_for(serving, 5)

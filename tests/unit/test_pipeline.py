@@ -36,10 +36,10 @@ def png(level: int, size: tuple[int, int] = (8, 6)) -> bytes:
     return file.getvalue()
 
 
-def graph(*, batch: int | None = None, column: bool = False) -> bytes:
+def graph(*, batch: int | None = None, column: bool = False, axes: tuple[int, ...] = (1, 2, 3)) -> bytes:
     """The score is the image's mean, the map its first channel, the mask where that is over a half."""
     image = helper.make_tensor_value_info("input", TensorProto.FLOAT, [batch or "n", 3, "h", "w"])
-    axes = helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3])
+    over = helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)
     first = [helper.make_tensor(name, TensorProto.INT64, [1], [at]) for name, at in (("zero", 0), ("one", 1))]
     half = helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])
     flat = helper.make_tensor("flat", TensorProto.INT64, [2 if column else 1], [-1, 1] if column else [-1])
@@ -54,7 +54,7 @@ def graph(*, batch: int | None = None, column: bool = False) -> bytes:
         helper.make_tensor_value_info("anomaly_map", TensorProto.FLOAT, ["n", 1, "h", "w"]),
         helper.make_tensor_value_info("pred_mask", TensorProto.BOOL, ["n", 1, "h", "w"]),
     ]
-    made = helper.make_graph(nodes, "mean", [image], outputs, [axes, *first, half, flat])
+    made = helper.make_graph(nodes, "mean", [image], outputs, [over, *first, half, flat])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
     data: bytes = model.SerializeToString()
@@ -187,6 +187,48 @@ async def test_a_bad_image_fails_alone(pipeline: Pipeline) -> None:
     assert isinstance(last, Judged)
     assert isinstance(bad, InvalidInput)
     assert bad.reason == "IMAGE_UNREADABLE"
+
+
+def test_a_graph_that_is_frozen_at_one_or_scores_a_batch_as_one_takes_no_several(tmp_path: Path) -> None:
+    assert LoadedModel(bundle(), tmp_path / "any").takes(3)
+    assert LoadedModel(bundle(batch=2), tmp_path / "two").takes(3)
+    assert not LoadedModel(bundle(content=graph(batch=1)), tmp_path / "one").takes(2)
+    assert not LoadedModel(bundle(content=graph(axes=(0, 1, 2, 3))), tmp_path / "all").takes(2)
+
+
+class Picky:
+    """A model that fails with several images, or says too little of them; begins when let."""
+
+    def __init__(self, model: LoadedModel, *, fails: bool) -> None:
+        self.manifest = model.manifest
+        self._model = model
+        self._fails = fails
+        self.let = threading.Event()
+        self.began: list[int] = []
+
+    def judge(self, batch: Tensor, *, pictures: bool) -> Outputs:
+        self.began.append(len(batch))
+        assert self.let.wait(DEADLINE_S)
+        if len(batch) > 1 and self._fails:
+            raise RuntimeError("Got: 4 Expected: 1")
+        return self._model.judge(batch[:1], pictures=pictures)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_what_fails_together_is_judged_one_by_one(tmp_path: Path, fails: bool) -> None:  # noqa: FBT001
+    model = Picky(LoadedModel(bundle(), tmp_path), fails=fails)
+    made = Pipeline(model, max_pixels=10_000, batch_size=4)  # type: ignore[arg-type]
+    made.start()
+    first = asyncio.create_task(made.judge(png(1), pictures=False))
+    await until(lambda: model.began == [1])
+    rest = asyncio.ensure_future(judge_all(made, [png(level) for level in (0, 51, 204, 255)]))
+    await asyncio.sleep(0)
+    model.let.set()
+    found = await rest
+    await first
+    await made.close()
+    assert model.began == [1, 4, 1, 1, 1, 1]
+    assert [one.score for one in found] == pytest.approx([0, 0.2, 0.8, 1])
 
 
 class Held:

@@ -197,12 +197,13 @@ def picture(folder: Path, level: int) -> Path:
     return path
 
 
-def test_an_export_is_described_by_its_graph_and_scored(tmp_path: Path) -> None:
-    path = export(tmp_path / "elpv" / "onnx" / "model.onnx", batch=2, external=True)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_an_export_is_described_by_its_graph_and_scored(tmp_path: Path, batch: int) -> None:
+    path = export(tmp_path / "elpv" / "onnx" / "model.onnx", batch=batch, external=True)
     images = [picture(tmp_path, 51), picture(tmp_path, 204)]
     bundle = open_bundle(import_export(path.parents[1], name="cells", parity_images=images))
     manifest = bundle.manifest
-    assert manifest.fixed_batch == 2
+    assert manifest.fixed_batch == batch
     assert (manifest.input.name, manifest.input.width, manifest.input.height) == ("input", None, None)
     assert (manifest.outputs.score, manifest.outputs.label) == ("pred_score", "pred_label")
     assert (manifest.outputs.map, manifest.outputs.mask) == (None, None)

@@ -113,7 +113,14 @@ class WatchedSource:
 class Bench:
     """A worker with everything around it."""
 
-    def __init__(self, *, prefetch: int = 4, claim_idle_ms: int = 60_000, pipeline: FakePipeline | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        prefetch: int = 4,
+        claim_idle_ms: int = 60_000,
+        frame_s: float = 0.0,
+        pipeline: FakePipeline | None = None,
+    ) -> None:
         self.streams = MemoryStreams()
         self.pipeline = pipeline or FakePipeline()
         self.source = WatchedSource(self.streams.source(M, "me"))
@@ -128,6 +135,7 @@ class Bench:
             default_threshold=0.5,
             prefetch=prefetch,
             claim_idle_ms=claim_idle_ms,
+            frame_s=frame_s,
         )
 
     async def admit(
@@ -443,6 +451,17 @@ async def test_a_frame_that_others_hold_is_left_to_them_for_as_long_as_this_mode
         await bench.until(lambda: "ours" in bench.outcomes())
         await bench.until(lambda: "held" in bench.outcomes())
     # A full hand of four takes 0.2 s, and four times that is patience enough.
+    assert time.monotonic() - held >= 0.75
+
+
+async def test_a_worker_that_has_judged_nothing_yet_leaves_others_their_frames_for_as_long() -> None:
+    bench = Bench(claim_idle_ms=30, prefetch=4, frame_s=0.05)
+    await bench.admit("held")
+    await bench.streams.source(M, "slow").read(count=1, block_ms=0)
+    held = time.monotonic()
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: "held" in bench.outcomes())
     assert time.monotonic() - held >= 0.75
 
 

@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from vigil.inference.v1 import inference_pb2_grpc
@@ -30,7 +30,11 @@ from vigil_inference.servicer import InferenceServicer
 from vigil_inference.worker import Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from vigil_inference.config import Settings
+
+T = TypeVar("T")
 
 ACCESS = {
     "vigil.inference.v1.InferenceService": {
@@ -85,7 +89,7 @@ async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, by
         while True:
             version, chunks = types_pb2.ModelVersion(), []
             try:
-                async for response in stub.Download(request, wait_for_ready=True):
+                async for response in stub.Download(request):
                     if response.HasField("model"):
                         version = response.model.version
                     else:
@@ -97,6 +101,18 @@ async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, by
                 await asyncio.sleep(RETRY_S)
                 continue
             return version, b"".join(chunks)
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
+    """What it gives; None where the process is stopped before."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    await asyncio.wait((working,))
+    return None
 
 
 def cpus() -> int:
@@ -115,10 +131,24 @@ def usual_batch_size(model: LoadedModel) -> int:
     return max(1, min(BATCH_AT_MOST, int(BATCH_S / model.proven.run_s)))
 
 
+def batch_size_of(model: LoadedModel, asked: int) -> int:
+    """Most images of one run: the graph's own number, what is asked for, or what is usual; 1 where it can't do more."""
+    if model.manifest.fixed_batch is not None:
+        return model.manifest.fixed_batch
+    count = asked or usual_batch_size(model)
+    if count > 1 and not model.takes(count):
+        log.warning("one_image_a_run", asked=count, detail="several of one run fail or do not score as each alone")
+        return 1
+    return count
+
+
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load, prove, then work until stopped."""
     handle = create_server(settings.inference_bind, access=ACCESS, security=settings)
-    version, bundle = await fetch(settings)
+    fetched = await _unless_stopped(fetch(settings), stop)
+    if fetched is None:
+        return
+    version, bundle = fetched
     if settings.cache_dir:
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=settings.cache_dir, ignore_cleanup_errors=True) as folder:
@@ -134,7 +164,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             precision=settings.precision,
         )
         del bundle
-        batch_size = model.manifest.fixed_batch or settings.batch_size or usual_batch_size(model)
+        batch_size = await asyncio.to_thread(batch_size_of, model, settings.batch_size)
         pipeline = Pipeline(model, settings.max_image_pixels, batch_size, runs)
         pipeline.start()
         streams = await RedisStreams.connect(settings.redis_url, security=settings)
@@ -148,6 +178,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             default_threshold=model.manifest.threshold,
             prefetch=max(2 * batch_size * runs + 2, min(HAND_AT_MOST, int(HAND_S / model.proven.run_s) * runs)),
             claim_idle_ms=settings.claim_idle_ms,
+            frame_s=model.proven.run_s,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(pipeline, worker, version, threads=settings.threads), handle.server

@@ -25,6 +25,8 @@ WARM_UP_RUNS = 3
 WARM_UP_SIZE = 256
 PARITY_MAX_PIXELS = 50_000_000
 TIMED_RUNS = 8
+# How far off a score may be for the images beside it: by the order of sums, no more.
+ALONE_TOLERANCE = 1e-3
 # Only what takes less than this share of the time so far is taken instead: less is noise.
 ALIKE = 0.95
 
@@ -194,6 +196,19 @@ class LoadedModel:
     def parity(self) -> tuple[Parity, ...]:
         """How the bundle's samples came out."""
         return self.proven.parity
+
+    def takes(self, count: int) -> bool:
+        """Whether so many images of one run score as each alone; a graph may be frozen at one and not say so."""
+        spec = self.manifest.input
+        shape = (2, 3, spec.height or WARM_UP_SIZE, spec.width or WARM_UP_SIZE)
+        two = np.random.default_rng(0).random(shape, dtype=np.float32)
+        alone = np.concatenate([self.judge(two[index : index + 1], pictures=False).score for index in range(2)])
+        try:
+            together = self.judge(np.resize(two, (count, *shape[1:])), pictures=True).score
+        except Exception:  # noqa: BLE001 - the runtime's own kinds
+            return False
+        expected = np.resize(alone, count)
+        return together.shape == expected.shape and np.allclose(together, expected, rtol=0, atol=ALONE_TOLERANCE)
 
     def judge(self, batch: Tensor, *, pictures: bool) -> Outputs:
         """Judge N images of one size; a graph frozen at a batch gets its size, padded with the last image."""

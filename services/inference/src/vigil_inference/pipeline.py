@@ -192,13 +192,17 @@ class Pipeline:
         pictures = any(job.pictures for job in batch)
         try:
             outputs = self.model.judge(tensor[: len(batch)], pictures=pictures)
+            inference_s = time.perf_counter() - began
+            if self.model.manifest.fixed_batch is None:
+                inference_s /= len(batch)
+            results = [_judged(job, outputs, index, inference_s) for index, job in enumerate(batch)]
         except Exception as error:  # noqa: BLE001 - the runtime's own kinds, or no memory, carried to who asked
-            self._fail(batch, error)
+            if len(batch) == 1:
+                self._fail(batch, error)
+                return
+            for index, job in enumerate(batch):  # so that it is one image's alone
+                self._run([job], tensor[index : index + 1])
             return
-        inference_s = time.perf_counter() - began
-        if self.model.manifest.fixed_batch is None:
-            inference_s /= len(batch)
-        results = [_judged(job, outputs, index, inference_s) for index, job in enumerate(batch)]
         self._loop.call_soon_threadsafe(_settle, batch, results)
 
     def _fail(self, jobs: list[_Job], error: Exception) -> None:

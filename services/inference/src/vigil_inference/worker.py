@@ -83,6 +83,7 @@ class Worker:
         prefetch: Most frames in hand.
         claim_idle_ms: Frames that another consumer has held for longer are taken over; with a slow model later, for all
             that a worker has in hand takes its time.
+        frame_s: What a frame takes, as far as is known before the first.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Worker:
         default_threshold: float,
         prefetch: int,
         claim_idle_ms: int,
+        frame_s: float = 0.0,
     ) -> None:
         self._sources = {Role.LIVE: source, Role.CANDIDATE: shadow}
         self._routing = routing
@@ -105,7 +107,7 @@ class Worker:
         self._default_threshold = default_threshold
         self._thresholds = dict.fromkeys(Role, default_threshold)
         self._claim_idle_ms = claim_idle_ms
-        self._frame_s = 0.0  # the slowest of late
+        self._frame_s = frame_s  # the slowest of late
         self._prefetch = prefetch
         self._together = prefetch // TOGETHER
         self._room = asyncio.Semaphore(prefetch)

@@ -209,8 +209,7 @@ def _describe(
     return (
         ModelInput(name=name, width=width, height=height),
         ModelOutputs(score=SCORE, label=given[LABEL], map=given[MAP], mask=given[MASK]),
-        # A frozen batch of one is what everybody sends anyway.
-        batch if batch and batch > 1 else None,
+        batch,
     )
 
 
