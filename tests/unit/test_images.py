@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from vigil_common import pixels
+from vigil_common import images, pixels
 from vigil_common.bundle import ModelInput
 from vigil_common.errors import InvalidInput
 from vigil_common.images import ImageInfo, inspect, plain_png
@@ -265,6 +266,46 @@ def test_a_bomb_is_refused_by_its_header_with_the_limit() -> None:
     with pytest.raises(InvalidInput) as caught:
         read(bytes(header))
     assert (caught.value.reason, caught.value.metadata) == ("IMAGE_TOO_LARGE", {"max_pixels": str(MAX_PIXELS)})
+
+
+def in_parts(kind: str, count: int) -> bytes:
+    """An image with so many empty parts before its pixels, or with so many directories."""
+    data = saved(NOISE, kind)
+    if kind == "JPEG":
+        return data[:2] + b"\xff\xe9\0\2" * count + data[2:]
+    if kind == "PNG":
+        chunk = b"\0\0\0\0vgIl" + zlib.crc32(b"vgIl").to_bytes(4, "big")
+        return data[:33] + chunk * count + data[33:]
+    first = int.from_bytes(data[4:8], "little")
+    end = first + 2 + 12 * int.from_bytes(data[first : first + 2], "little")
+    chain = b"".join(b"\0\0" + (len(data) + 6 * (index + 1)).to_bytes(4, "little") for index in range(count))
+    return data[:end] + len(data).to_bytes(4, "little") + data[end + 4 :] + chain
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("JPEG", "UNREADABLE"), ("PNG", "UNREADABLE"), ("TIFF", "ANIMATED")])
+def test_an_image_of_very_many_parts_is_refused_before_they_cost_much(kind: str, reason: str) -> None:
+    data = in_parts(kind, 200_000)
+    began = time.process_time()
+    assert reason_of(lambda: inspect(data, max_bytes=1 << 30, max_pixels=MAX_PIXELS)) == f"IMAGE_{reason}"
+    assert time.process_time() - began < 0.5
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_of_some_parts_is_read(kind: str) -> None:
+    assert np.array_equal(read(in_parts(kind, 1000)), read(saved(NOISE, kind)))
+
+
+def test_pixels_of_very_many_parts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = saved(NOISE.convert("LA"), "PNG")
+    at = whole.index(b"IDAT")
+    size = int.from_bytes(whole[at - 4 : at], "big")
+    parts = [b"IDAT" + whole[start : start + 10] for start in range(at + 4, at + 4 + size - size % 10, 10)]
+    chunks = b"".join(struct.pack(">I", 10) + part + struct.pack(">I", zlib.crc32(part)) for part in parts)
+    data = whole[: at - 4] + chunks + whole[at + 8 + size :]
+    monkeypatch.setattr(images, "READS", 50)
+    with pytest.raises(InvalidInput, match="too many parts") as caught:
+        read(data)
+    assert caught.value.reason == "IMAGE_TRUNCATED"
 
 
 def test_too_many_bytes_are_refused_before_anything_is_read() -> None:

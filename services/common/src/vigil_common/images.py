@@ -43,6 +43,8 @@ PNG_MODES = {0: "L", 2: "RGB"}
 # What may stand before a PNG's pixels and changes none of them, and how much of it is looked at.
 PNG_SILENT = frozenset({b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"tIME"})
 PNG_SILENT_AT_MOST = 8
+# Reads of a file until its header is known, and of its pixels: one made of a million empty parts would cost seconds.
+HEADER_READS, READS = 10_000, 100_000
 # Our own limit is checked on every image; Pillow's would only warn.
 Image.MAX_IMAGE_PIXELS = None
 # What Pillow finds odd in a sender's file is no concern of the logs. Set once: per call it would not be thread-safe.
@@ -58,6 +60,23 @@ class ImageInfo:
     height: int
 
 
+class _TooManyReadsError(Exception):
+    """The file is made of more parts than an image of a camera."""
+
+
+class _Reads(io.BytesIO):
+    """A file that may be read only so many times."""
+
+    left = HEADER_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file."""
+        self.left -= 1
+        if self.left < 0:
+            raise _TooManyReadsError("it is made of too many parts")
+        return super().read(size)
+
+
 def open_header(data: bytes, *, max_bytes: int, max_pixels: int) -> Image.Image:
     """Open an image without decoding it.
 
@@ -67,10 +86,14 @@ def open_header(data: bytes, *, max_bytes: int, max_pixels: int) -> Image.Image:
     """
     _check_bytes(data, max_bytes)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        animated = getattr(image, "n_frames", 1) > 1
+        file = _Reads(data)
+        image = Image.open(file, formats=FORMATS)
+        animated = getattr(image, "is_animated", False)  # not `n_frames`, which reads all of a TIFF's directories
+        file.left = READS
     except UnidentifiedImageError:
         raise _unidentified(data) from None
+    except _TooManyReadsError as error:
+        raise InvalidInput("IMAGE_UNREADABLE", f"the image's header can't be read: {error}") from None
     except Exception as error:
         if _is_cut_webp(data):
             raise InvalidInput("IMAGE_TRUNCATED", "the image is cut short; send the whole file") from error

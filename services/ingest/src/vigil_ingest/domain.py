@@ -50,6 +50,11 @@ class Submission:
     client: str = ""
 
 
+def is_frame_id(text: str) -> bool:
+    """Whether a frame may be called so."""
+    return FRAME_ID.fullmatch(text) is not None and NUMBER.fullmatch(text) is None
+
+
 def check(frame: Submission, *, now_us: int) -> int:
     """Check every field but the image.
 
@@ -59,7 +64,7 @@ def check(frame: Submission, *, now_us: int) -> int:
     Raises:
         InvalidInput: FRAME_ID_INVALID, MODEL_NAME_INVALID, CAMERA_INVALID, LABEL_INVALID, CAPTURED_AT_OUT_OF_RANGE.
     """
-    if not FRAME_ID.fullmatch(frame.frame_id) or NUMBER.fullmatch(frame.frame_id):
+    if not is_frame_id(frame.frame_id):
         raise InvalidInput(
             "FRAME_ID_INVALID",
             "frame_id must be 1 to 64 letters, digits, dots, dashes, underscores or colons, begin with a letter or "

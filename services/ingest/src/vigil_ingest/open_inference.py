@@ -14,8 +14,9 @@ from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, NotFound, VigilError
 from vigil_common.trace import begin, continued
 
+from vigil_ingest.app import FRAMES
 from vigil_ingest.convert import DEFAULT_CAMERA, client, traceparent
-from vigil_ingest.domain import Submission
+from vigil_ingest.domain import Submission, is_frame_id
 
 if TYPE_CHECKING:
     import grpc
@@ -110,6 +111,8 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             error = ""
         except VigilError as failure:
             error = failure.reason
+            if isinstance(failure, InvalidInput):
+                await asyncio.sleep(self._app.clients.refusal_delay_s(client(context)))
             raise
         finally:
             if span is not None:
@@ -123,8 +126,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         wanted = [output.name for output in request.outputs]
         outputs = _options(request, wanted)
         who = client(context)
-        base = request.id or str(uuid.uuid4())
-        ids = [base] if len(images) == 1 else [f"{base}.{index}" for index in range(len(images))]
+        ids = _frame_ids(request.id, len(images))
         frames = [
             Submission(
                 frame_id=frame_id,
@@ -143,17 +145,40 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         ]
         verdicts = []
         with self._app.clients.call(who):
-            outcomes = await asyncio.gather(*(self._judge(frame, outputs) for frame in frames))
-        for outcome in outcomes:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    judging = [group.create_task(self._judge(frame, outputs)) for frame in frames]
+            except* VigilError as errors:
+                raise _first(errors) from None
+        for outcome in (task.result() for task in judging):
             if outcome.HasField("failure"):
                 await context.abort_with_status(rpc_status.to_status(outcome.failure))
             verdicts.append(outcome.verdict)
-        return _response(request, base, verdicts, wanted)
+        return _response(request, request.id or ids[0], verdicts, wanted)
 
     async def _judge(self, frame: Submission, outputs: types_pb2.OutputOptions) -> types_pb2.Outcome:
-        received_at_us, future = await self._app.accept(frame, outputs, wait=True)
-        assert future is not None  # noqa: S101 - asked for by wait=True
-        return await self._app.outcome(frame, future, received_at_us)
+        try:
+            received_at_us, future = await self._app.accept(frame, outputs, wait=True)
+            assert future is not None  # noqa: S101 - asked for by wait=True
+            outcome = await self._app.outcome(frame, future, received_at_us)
+        except VigilError as error:
+            FRAMES.labels(error.reason.lower()).inc()
+            raise
+        FRAMES.labels("judged" if outcome.HasField("verdict") else "failed").inc()
+        return outcome
+
+
+def _first(errors: BaseExceptionGroup[VigilError]) -> VigilError:
+    found = errors.exceptions[0]
+    return found if isinstance(found, VigilError) else _first(found)
+
+
+def _frame_ids(request_id: str, count: int) -> list[str]:
+    """The request's own id where a frame may be called so: the same request again is then judged once."""
+    ids = [request_id] if count == 1 else [f"{request_id}.{index}" for index in range(count)]
+    if all(map(is_frame_id, ids)):
+        return ids
+    return [str(uuid.uuid4()) for _ in range(count)]
 
 
 def _version(text: str) -> int | None:
