@@ -41,6 +41,10 @@ def _retryable(failure: Failure) -> bool:
     return failure.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
 
 
+def _unsendable(error: Exception) -> Failure:
+    return Failure("INVALID_ARGUMENT", "FRAME_INVALID", f"a field is not of its type or range: {error}")
+
+
 def _backoff_s(attempt: int, failure: Failure) -> float:
     longest = min(_LAST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(attempt, 10))
     jittered = longest * random.uniform(0.5, 1.0)  # noqa: S311 - spreads clients out, no secret
@@ -113,7 +117,10 @@ class VigilClient(Connected):
     async def submit(self, frame: Frame, *, wait_for: WaitFor = WaitFor.VERDICT) -> Result:
         """Send one frame and wait for its answer; errors come as the result's `error`."""
         flight = self._begin(frame)
-        request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=convert.wait_for(wait_for))
+        try:
+            request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=convert.wait_for(wait_for))
+        except (TypeError, ValueError) as error:
+            return flight.result(error=_unsendable(error))
         while True:
             flight.attempts += 1
             try:
@@ -275,7 +282,10 @@ class _StreamSession:
         # A failed write shows in the reader, with the status that explains it.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while flights := await self._ready():
-                first, *more = (flight.message() for flight in flights)
+                messages = [message for flight in flights if (message := self._message(flight)) is not None]
+                if not messages:
+                    continue
+                first, *more = messages
                 await call.write(
                     ingest_pb2.StreamRequest(
                         frame=first,
@@ -285,6 +295,14 @@ class _StreamSession:
                     )
                 )
             await call.done_writing()
+
+    def _message(self, flight: _InFlight) -> ingest_pb2.Frame | None:
+        """What is sent; None where it can't be, which is the frame's result."""
+        try:
+            return flight.message()
+        except (TypeError, ValueError) as error:
+            self._settle(flight, flight.result(error=_unsendable(error)))
+            return None
 
     async def _ready(self) -> list[_InFlight]:
         """What goes into the next message, as soon as there is something; empty after the last."""
