@@ -91,7 +91,9 @@ async def test_the_commands_label_show_query_and_export(tmp_path: Path) -> None:
         assert first in await command("review", "-m", MODEL, "--author", "Ann", "--size", "8")
         said = ["--author", "Ann", "--note", "a crack"]
         await command("annotate", first, "-m", MODEL, "--label", "anomalous", "--mask", str(mask), *said)
-        await command("annotate", second, "-m", MODEL, "--label", "normal", "--author", "Ann")
+        # What looks like markup is a name all the same.
+        await command("annotate", second, "-m", MODEL, "--label", "normal", "--author", "Bob [QA] x[/y] :ok:")
+        assert "Bob [QA] x[/y] :ok:" in await command("frames", "query", MODEL, "--human", "normal")
         shown = json.loads(await command("frames", "get", MODEL, first, "--mask", str(back)))
         assert [(one["label"], one["author"], one["note"]) for one in shown["annotations"]] == [
             ("anomalous", "Ann", "a crack")

@@ -103,3 +103,13 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> No
     result = CliRunner().invoke(app, ["evaluate", str(bundle), str(tmp_path / "001.png"), "-o", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "10x20 and 300x300" in result.stderr.replace("\n", "")
+
+
+def test_a_report_that_can_not_be_written_is_said_before_anything_is_judged(tmp_path: Path) -> None:
+    bundle, taken = tmp_path / "cells.tar", tmp_path / "taken"
+    bundle.write_bytes(b"not even read")
+    taken.touch()
+    (tmp_path / "001.png").write_bytes(load_cells().defective[0])
+    result = CliRunner().invoke(app, ["evaluate", str(bundle), str(tmp_path / "001.png"), "-o", str(taken)])
+    assert result.exit_code == 1
+    assert "File exists" in result.stderr

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,14 @@ async def test_anomalib_pairs_every_image_with_its_own_mask(tmp_path: Path) -> N
         assert (label == "abnormal") == (mask is not None)
     (unmasked,) = (tmp_path / "out" / "abnormal_unmasked").iterdir()
     assert unmasked.read_bytes() == frames[4].image
+
+
+async def test_what_became_unsure_or_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
+    kept, image = samples()[:2], encoded(np.zeros((6, 8, 3), np.uint8))
+    silent = replace(frame("later", HumanLabel.NORMAL, image), annotations=())
+    frames = [frame("doubt", HumanLabel.UNSURE, image), *kept, silent]
+    summary = await write_export(given(frames), tmp_path / "out", Format.FOLDER, {})
+    assert (summary.normal, summary.masked, summary.unmasked) == (1, 1, 0)
 
 
 @pytest.mark.parametrize("form", Format)

@@ -12,6 +12,14 @@ from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, r
 Author = Annotated[str | None, typer.Option(envvar="VIGIL_AUTHOR", help="Who says so; your login where not given.")]
 
 
+def login() -> str:
+    """The user's login."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:  # as in a container
+        raise typer.BadParameter("this user has no login; say who you are", param_hint="--author") from error
+
+
 def annotate(
     frame_id: Annotated[str, typer.Argument(help="The frame's id.")],
     *,
@@ -35,7 +43,7 @@ def annotate(
                 model,
                 frame_id,
                 label,
-                author=author or getpass.getuser(),
+                author=author or login(),
                 mask=mask.read_bytes() if mask else None,
                 note=note,
                 camera=camera,
@@ -43,4 +51,4 @@ def annotate(
 
     said = run(work())
     drawn = ", with a mask" if said.masked else ""
-    console.print(f"{frame_id}: {said.label.value}{drawn}, says {said.author}", highlight=False, soft_wrap=True)
+    console.print(f"{frame_id}: {said.label.value}{drawn}, says {said.author}", soft_wrap=True)

@@ -54,7 +54,7 @@ async def _check(
     ):
         models = await storage.models_list()
         names = ", ".join(sorted({known.name for known in models})) or "none"
-        console.print(f"storage: answers, published models: {names}", highlight=False)
+        console.print(f"storage: answers, published models: {names}")
         frame = Frame(image, model or _NO_MODEL, camera="vigil-check")
         result = await client.submit(frame)
         if not model:
@@ -65,7 +65,7 @@ async def _check(
             return 0
         if result.verdict is None:
             return _failed("ingest", result.error)
-        console.print(f"verdict: score {result.verdict.score:.4f} by {model} {result.verdict.version}", highlight=False)
+        console.print(f"verdict: score {result.verdict.score:.4f} by {model} {result.verdict.version}")
         return await _read_back(storage, frame, result.verdict.score, deadline_s)
 
 
@@ -82,10 +82,10 @@ async def _read_back(storage: StorageClient, frame: Frame, score: float, deadlin
     if image != frame.image or stored.verdict is None or abs(stored.verdict.score - score) > 1e-6:  # noqa: PLR2004
         errors.print("storage: keeps another image or verdict than was sent and answered")
         return 1
-    console.print(f"storage: keeps frame {frame.frame_id} with its image and verdict", highlight=False)
+    console.print(f"storage: keeps frame {frame.frame_id} with its image and verdict")
     return 0
 
 
 def _failed(part: str, failure: Failure | None) -> int:
-    errors.print(f"{part}: {failure or 'gave no verdict'}", highlight=False)
+    errors.print(f"{part}: {failure or 'gave no verdict'}")
     return 1

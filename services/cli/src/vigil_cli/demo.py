@@ -81,7 +81,7 @@ async def told(demo: Coroutine[None, None, int]) -> int:
     try:
         return await demo
     except StackError as error:
-        errors.print(str(error), markup=False, highlight=False)
+        errors.print(str(error))
         return 1
 
 
@@ -107,7 +107,7 @@ async def _demo(out: Path) -> int:
     console.print(f"trained on {len(split.train)} normal cells in {trained.fit_s:.1f} s")
     platform = out / "platform"
     shutil.rmtree(platform, ignore_errors=True)
-    async with LocalStack(platform, log=lambda text: console.print(text, highlight=False, soft_wrap=True)) as stack:
+    async with LocalStack(platform, log=lambda text: console.print(text, soft_wrap=True)) as stack:
         async with StorageClient(stack.storage_address) as storage:
             model = await storage.models_publish(trained.bundle)
             console.print(f"published {model.name} version {model.version}: {model.digest}", soft_wrap=True)
@@ -135,7 +135,7 @@ async def _demo(out: Path) -> int:
     await asyncio.to_thread(_contact_sheet, sheet, list(zip(pictures, captions, strict=True)))
     lost = len(frames) - len(stored)
     _show(results, streamed_s, stored=len(stored), lost=lost, area=area)
-    console.print(f"most anomalous cells: {sheet}   logs: {platform / 'logs'}", highlight=False, soft_wrap=True)
+    console.print(f"most anomalous cells: {sheet}   logs: {platform / 'logs'}", soft_wrap=True)
     if area < LEAST_AUROC:
         errors.print(f"the model separates worse than it should: AUROC {area:.3f}, at least {LEAST_AUROC} expected")
     if lost or len(judged) < len(frames):

@@ -118,7 +118,7 @@ async def _loop(out: Path) -> int:
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
 
 
 async def _seen(stack: LocalStack, storage: StorageClient, split: LoopSplit) -> dict[str, bool]:

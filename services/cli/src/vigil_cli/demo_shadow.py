@@ -97,7 +97,7 @@ async def _demo(out: Path) -> int:
     random.Random(0).shuffle(cells)  # noqa: S311 - a reproducible order, no secret
     platform = out / "platform"
     shutil.rmtree(platform, ignore_errors=True)
-    async with LocalStack(platform, log=lambda text: console.print(text, highlight=False, soft_wrap=True)) as stack:
+    async with LocalStack(platform, log=lambda text: console.print(text, soft_wrap=True)) as stack:
         async with StorageClient(stack.storage_address) as storage:
             live, good, broken = [await storage.models_publish(bundle) for bundle in bundles]
         await make_live(stack.storage_address, MODEL, live.version)
@@ -137,7 +137,7 @@ class _Demo:
         await self.lost()
         images = await stored_images(self._stack.storage_address, None, MODEL, worst)
         await asyncio.to_thread(write_html, path, found, worst, images)
-        console.print(f"report: {path}", highlight=False, soft_wrap=True)
+        console.print(f"report: {path}", soft_wrap=True)
         async with RouteClient(self._stack.storage_address) as routes:
             await routes.stop_comparison(MODEL)
         await self._stack.stop(worker)

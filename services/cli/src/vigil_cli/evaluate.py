@@ -9,11 +9,9 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 from vigil_client import Visualization
-from vigil_common.errors import VigilError
 
 from vigil_cli.evaluation.dataset import read_dataset
-from vigil_cli.options import console, errors
-from vigil_cli.sources import SourceError
+from vigil_cli.options import console, errors, told
 from vigil_cli.stream import progress_bar
 
 Engine = Literal["auto", "onnxruntime", "openvino"]
@@ -41,8 +39,9 @@ def evaluate(
 
     from vigil_cli.evaluation import report, run  # noqa: PLC0415
 
-    try:
+    with told():
         items = read_dataset(images)
+        output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder, progress_bar() as progress:
             model = LoadedModel(bundle.read_bytes(), Path(folder), engine=engine, threads=os.cpu_count() or 1)
             pictures = None if visualization is Visualization.NONE else output / "pictures"
@@ -54,13 +53,9 @@ def evaluate(
                 full=visualization is Visualization.FULL,
             )
             name = f"{model.engine.name} {model.engine.version}"
-    except (VigilError, SourceError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
-        raise typer.Exit(1) from error
-    facts = report.as_dict(found, bundle=bundle.name, digest=model.digest, engine=name)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "evaluation.json").write_text(json.dumps(facts, indent=2))
-    (output / "evaluation.html").write_text(report.as_html(found, facts, pictures))
+        facts = report.as_dict(found, bundle=bundle.name, digest=model.digest, engine=name)
+        (output / "evaluation.json").write_text(json.dumps(facts, indent=2))
+        (output / "evaluation.html").write_text(report.as_html(found, facts, pictures))
     for image, why in found.refused:
         errors.print(f"{image}: {why}")
     if as_json:
@@ -69,8 +64,8 @@ def evaluate(
         _show(facts)
         if found.judged and not (facts["normal"] or facts["anomalous"]):
             unlabelled = "no image lies in a folder such as good/ or defect/, so there is nothing to measure by"
-            errors.print(f"{unlabelled}; the report has the scores", soft_wrap=True, highlight=False)
-        console.print(f"report: {output / 'evaluation.html'}", soft_wrap=True, highlight=False)
+            errors.print(f"{unlabelled}; the report has the scores", soft_wrap=True)
+        console.print(f"report: {output / 'evaluation.html'}", soft_wrap=True)
     if not found.judged:
         raise typer.Exit(1)
 

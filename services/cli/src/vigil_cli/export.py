@@ -101,7 +101,6 @@ def export(
     console.print(
         f"{output}: {done.images} images: {done.normal} normal, {done.masked} anomalous with a mask, "
         f"{done.unmasked} without",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -153,6 +152,9 @@ class _Writing:
     counts: dict[str, int] = field(default_factory=lambda: {NORMAL: 0, ABNORMAL: 0, UNMASKED: 0})
 
     def add(self, found: ReviewedFrame) -> None:
+        # Meanwhile somebody may have become unsure; what people said of a frame may also come after it.
+        if not found.annotations or found.annotations[-1].label is HumanLabel.UNSURE:
+            return
         frame, stands = found.frame, found.annotations[-1]
         number = len(self.coco_images) + 1
         stem = f"{number:06d}_{re.sub(r'[^A-Za-z0-9._-]', '_', frame.frame_id)}"

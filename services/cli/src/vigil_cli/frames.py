@@ -9,6 +9,7 @@ from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, S
 
 from vigil_cli.options import (
     DEFAULT_STORAGE,
+    LAST_VERSION,
     AsJson,
     Since,
     StorageAddress,
@@ -37,7 +38,7 @@ def query(
     failed: Annotated[bool, typer.Option("--failed", help="Only those that could not be judged.")] = False,
     min_score: Annotated[float | None, typer.Option(help="Least score.")] = None,
     max_score: Annotated[float | None, typer.Option(help="Greatest score.")] = None,
-    version: Annotated[int | None, typer.Option(help="Only what this version judged.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, max=LAST_VERSION, help="Only what this version judged.")] = None,
     human: Annotated[HumanLabel | None, typer.Option(help="Only what people say this of.")] = None,
     reviewed: Annotated[
         bool | None, typer.Option("--reviewed/--not-reviewed", help="Only what people labelled, or did not.")
@@ -77,7 +78,7 @@ def query(
             typer.echo(json.dumps(_plain(frame)))
         return
     if not frames:
-        errors.print(f"no stored frame of {model} is like that", highlight=False)
+        errors.print(f"no stored frame of {model} is like that")
         return
     # Columns without anything to tell apart would push the others off a narrow terminal.
     cameras, people = len({frame.camera for frame in frames}) > 1, any(frame.annotation for frame in frames)
@@ -112,7 +113,7 @@ def get(
 
     found = run(work())
     if mask is not None and found.mask is None:
-        errors.print(f"{frame_id} has no mask", highlight=False)
+        errors.print(f"{frame_id} has no mask")
         raise typer.Exit(1)
     with told():
         if output is not None:

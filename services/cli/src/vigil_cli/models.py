@@ -14,14 +14,16 @@ from vigil_common.errors import VigilError
 
 from vigil_cli.options import (
     DEFAULT_STORAGE,
+    LAST_VERSION,
     AsJson,
     StorageAddress,
     Token,
+    Version,
     check_name,
     console,
-    errors,
     narrow_table,
     run,
+    say_error,
     told,
 )
 from vigil_cli.sources import find_images
@@ -54,15 +56,15 @@ def import_(
         output.write_bytes(bundle)
     manifest = read_manifest(bundle)
     facts = {"runtimes": ", ".join(manifest.artefacts), **manifest.lineage}
-    console.print(f"{output}: model {manifest.name}, {len(bundle):,} bytes", highlight=False, soft_wrap=True)
-    console.print("; ".join(f"{what} {value}" for what, value in facts.items()), highlight=False, soft_wrap=True)
+    console.print(f"{output}: model {manifest.name}, {len(bundle):,} bytes", soft_wrap=True)
+    console.print("; ".join(f"{what} {value}" for what, value in facts.items()), soft_wrap=True)
 
 
 @app.command()
 def publish(
     bundle: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The bundle.")],
     *,
-    version: Annotated[int, typer.Option(help="0: the next free one.")] = 0,
+    version: Annotated[int, typer.Option(min=0, max=LAST_VERSION, help="0: the next free one.")] = 0,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
 ) -> None:
@@ -74,7 +76,7 @@ def publish(
 
     model = run(work())
     how = "published" if model.created else "had been published before"
-    console.print(f"{model.name} version {model.version} {how}: {model.digest}", soft_wrap=True, highlight=False)
+    console.print(f"{model.name} version {model.version} {how}: {model.digest}", soft_wrap=True)
 
 
 @app.command("list")
@@ -107,14 +109,14 @@ def list_(
     console.print(table)
     for model in filter(lambda found: found.deprecated, models):
         text = f"{model.name} version {model.version} is deprecated: {model.deprecated}"
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        console.print(text, soft_wrap=True)
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="The model's name.")],
     *,
-    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
+    version: Version = 0,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
     as_json: AsJson = False,
@@ -163,7 +165,7 @@ def _plain(value: object) -> str:
 def download(
     name: Annotated[str, typer.Argument(help="The model's name.")],
     *,
-    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
+    version: Version = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="NAME-VERSION.tar where not given.")] = None,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
@@ -177,7 +179,7 @@ def download(
             await storage.models_save(model.name, model.version, path)
             return path
 
-    console.print(str(run(work())), soft_wrap=True, highlight=False)
+    console.print(str(run(work())), soft_wrap=True)
 
 
 @app.command()
@@ -200,18 +202,18 @@ def verify(
             if not model.parity:
                 table.add_row(engine, "none in the bundle", "-", "-", "-")
     except VigilError as error:
-        errors.print(f"[red]error:[/red] {error.reason}: {error}", highlight=False)
+        say_error(f"{error.reason}: {error}")
         raise typer.Exit(1) from error
     console.print(table)
     against = "" if digest else " (give --digest to have it compared with what it should be)"
-    console.print(f"{bundle}: {model.digest}{against}", soft_wrap=True, highlight=False)
+    console.print(f"{bundle}: {model.digest}{against}", soft_wrap=True)
 
 
 @app.command()
 def deprecate(
     name: Annotated[str, typer.Argument(help="The model's name.")],
     *,
-    version: Annotated[int, typer.Option(help="Which one.")],
+    version: Annotated[int, typer.Option(min=1, max=LAST_VERSION, help="Which one.")],
     reason: Annotated[str, typer.Option(help="Why it should not be used any more.")],
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
@@ -230,7 +232,7 @@ def deprecate(
 def promote(
     name: Annotated[str, typer.Argument(help="The model's name.")],
     *,
-    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
+    version: Version = 0,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Though an AnomalyModel decides: its operator is away.")
@@ -241,7 +243,7 @@ def promote(
     """Make a published version live; its token needs the role admin."""
     route = run(make_live(storage_address, name, version, threshold=threshold, force=force, token=token))
     workers = "its workers are yours to start; an AnomalyModel starts them by itself"
-    console.print(f"{route.model} version {route.live} is live; {workers}", soft_wrap=True, highlight=False)
+    console.print(f"{route.model} version {route.live} is live; {workers}", soft_wrap=True)
 
 
 async def make_live(

@@ -8,7 +8,7 @@ import typer
 from vigil_client import HumanLabel, Model, StorageClient
 from vigil_common.bundle import open_bundle
 
-from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, narrow_table, run
+from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, Version, console, narrow_table, run
 from vigil_cli.sources import find_images
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _MEASURED_IMAGES = 500
 def optimise(
     name: Annotated[str, typer.Argument(help="The model's name.")],
     *,
-    version: Annotated[int, typer.Option(help="0: the newest.")] = 0,
+    version: Version = 0,
     normal: Annotated[
         Path | None, typer.Option(exists=True, help="Normal images; without it, stored frames judged or reviewed so.")
     ] = None,
@@ -69,7 +69,7 @@ def optimise(
             console.print(f"{output}: {len(made.bundle):,} bytes")
             return
         new = await publish(made.bundle)
-        console.print(f"{name} version {new.version} published: {new.digest}", soft_wrap=True, highlight=False)
+        console.print(f"{name} version {new.version} published: {new.digest}", soft_wrap=True)
 
     run(work())
 
@@ -90,7 +90,7 @@ def _show(measured: Sequence["Measured"], originals: set[str]) -> None:
             refused.setdefault(one.refused, []).append(one.name)
     console.print(table)
     for why, names in refused.items():
-        console.print(f"{', '.join(names)}: {why}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"{', '.join(names)}: {why}", soft_wrap=True)
 
 
 def _read(folder: Path) -> list[bytes]:

@@ -11,8 +11,8 @@ from typing import Annotated, TypeVar
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 from vigil_client import Failure, ServiceError
 from vigil_common.bundle import NAME
 from vigil_common.errors import VigilError
@@ -23,8 +23,14 @@ T = TypeVar("T")
 
 # Where nobody looks at a terminal, nothing is cut to the width of one.
 _PIPE_WIDTH = 200
-console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH)
-errors = Console(stderr=True)
+# Names, notes and reasons come from others: nothing in them is markup.
+console = Console(
+    width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH,
+    markup=False,
+    emoji=False,
+    highlight=False,
+)
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def narrow_table(first: str, *columns: str) -> Table:
@@ -36,12 +42,18 @@ def narrow_table(first: str, *columns: str) -> Table:
 Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HOST:PORT.")]
 StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]
 Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer token.")]
+LAST_VERSION = 2**31 - 1
+INTERRUPTED = 130
+Version = Annotated[int, typer.Option(min=0, max=LAST_VERSION, help="0: the newest.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 
 def _with_zone(given: datetime | None) -> datetime | None:
     """What people give is local time."""
-    return given.astimezone() if given else None
+    try:
+        return given.astimezone() if given else None
+    except (ValueError, OverflowError) as error:
+        raise typer.BadParameter("no time that a camera could have had") from error
 
 
 Since = Annotated[
@@ -78,15 +90,22 @@ def hint(failure: Failure) -> str:
     return _HINTS.get(failure.reason, "")
 
 
+def say_error(text: str) -> None:
+    """One line on what went wrong."""
+    errors.print(Text.assemble(("error:", "red"), " ", text), soft_wrap=True)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """An expected error becomes one line and exit code 1."""
     try:
         yield
+    except BrokenPipeError:  # who reads has enough
+        raise
     except (ServiceError, VigilError, SourceError, OSError) as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say_error(str(error))
         if isinstance(error, ServiceError) and (next_step := hint(error.failure)):
-            errors.print(next_step, highlight=False, soft_wrap=True)
+            errors.print(next_step, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

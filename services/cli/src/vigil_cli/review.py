@@ -1,7 +1,6 @@
 """`vigil review`: what is most worth a look, and masks drawn with programs that people know."""
 
 import asyncio
-import getpass
 import shlex
 import tempfile
 from enum import Enum
@@ -18,7 +17,7 @@ from vigil_client.channel import connect, metadata
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.workers import worker_address
 
-from vigil_cli.annotate import Author
+from vigil_cli.annotate import Author, login
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, errors, run
 from vigil_cli.sources import SourceError
 
@@ -60,7 +59,7 @@ def review(
     token: Token = None,
 ) -> None:
     """List the frames most worth a look, or open them one by one, take the mask back and label them."""
-    name = author or getpass.getuser()
+    name = author or login()
 
     async def work() -> None:
         async with StorageClient(storage_address, token=token) as storage:
@@ -88,7 +87,7 @@ def review(
                 await storage.frames_annotate(
                     model, frame_id, label, author=name, mask=None if label is HumanLabel.NORMAL else mask
                 )
-                console.print(f"{frame_id}: {label.value}", highlight=False)
+                console.print(f"{frame_id}: {label.value}")
 
     run(work())
 
@@ -145,7 +144,7 @@ async def _predicted(address: str | None, token: str | None, found: ReviewedFram
             answer = await stub.Predict(request, metadata=metadata(token), timeout=_PREDICT_S)
     except (Unavailable, grpc.aio.AioRpcError) as error:
         why = error.message if isinstance(error, Unavailable) else error.details()
-        errors.print(f"{found.frame.frame_id}: the mask begins empty ({why})", highlight=False)
+        errors.print(f"{found.frame.frame_id}: the mask begins empty ({why})")
         return None
     return answer.verdict.mask.data or None
 
@@ -160,7 +159,7 @@ def _ask(frame_id: str, mask: bytes | None, *, yes: bool) -> Answer:
         for answer in Answer:
             if said and answer.value.startswith(said.lower()):
                 return answer
-        errors.print(f"{said!r}: say one of {choices}", highlight=False)
+        errors.print(f"{said!r}: say one of {choices}")
 
 
 def _show(items: list[ReviewItem]) -> None:

@@ -12,24 +12,31 @@ import signal
 import subprocess
 import time
 import uuid
+from collections import deque
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 from rich.table import Column, Table
+from rich.text import Text
 from vigil_client import StorageClient, StoredFrame
 from vigil_common.errors import Conflict, InvalidInput, NotFound, Unavailable
 from vigil_operator.observed import REQUEST_ANNOTATION
 from vigil_operator.spec import GROUP, PLURAL
 
 from vigil_cli.local.resources import ResourceFiles
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, INTERRUPTED, AsJson, StorageAddress, Token, console, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FOLDER = Path("out/local")
 REQUEST_DEADLINE_S = 30.0
 ROLLBACK_DEADLINE_S = 600.0
 POLL_S = 0.2
 PREVIEW_FRAMES = 10_000
+_PREVIEW_SPANS = (timedelta(hours=1), timedelta(days=1), timedelta(days=30), None)
 _WAITS_FOR_PEOPLE = ("Pending", "Held", "Failed", "Suspended")
 _SETTLED = ("Live", "Held", "Failed", "Suspended")
 
@@ -153,7 +160,7 @@ def status(
         return
     for body in found:
         if why := _stuck(body.get("status", {})):
-            console.print(f"{body['metadata']['name']}: {why}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"{body['metadata']['name']}: {why}", soft_wrap=True)
 
 
 def _explain(said: dict[str, Any]) -> None:
@@ -161,11 +168,11 @@ def _explain(said: dict[str, Any]) -> None:
     if live := said.get("live"):
         at = live.get("threshold")
         decides = "the threshold of its bundle" if at is None else f"{at:g}"
-        console.print(f"live decides at {decides}", highlight=False)
+        console.print(f"live decides at {decides}")
     for kind in ("Ready", "Progressing", "Promoted", "Synced"):
         condition = _condition(said, kind)
         text = f"{kind}={condition.get('status', '-')} {condition.get('reason', '')} {condition.get('message', '')}"
-        console.print(text.rstrip(), soft_wrap=True, highlight=False, markup=False)
+        console.print(text.rstrip(), soft_wrap=True)
 
 
 async def _request(name: str, verb: str, role: str, deadline_s: float = REQUEST_DEADLINE_S) -> dict[str, Any]:
@@ -192,7 +199,7 @@ async def _request(name: str, verb: str, role: str, deadline_s: float = REQUEST_
 
 
 def _told(name: str, said: dict[str, Any]) -> None:
-    console.print(f"{name}: {said['phase']}, version {_version(said, 'live')} is live", highlight=False)
+    console.print(f"{name}: {said['phase']}, version {_version(said, 'live')} is live")
 
 
 def promote(
@@ -255,8 +262,8 @@ def diff(name: Name) -> None:
     other.setdefault("threshold", body["spec"].get("threshold"))
     for key in ("version", "digest", "threshold", "readyReplicas"):
         sides = [str(side.get(key) if side.get(key) is not None else "-") for side in (live, other)]
-        mark = "[yellow]" if sides[0] != sides[1] and key != "readyReplicas" else ""
-        table.add_row(key, sides[0], mark + sides[1])
+        style = "yellow" if sides[0] != sides[1] and key != "readyReplicas" else ""
+        table.add_row(key, sides[0], Text(sides[1], style))
     console.print(table)
 
 
@@ -272,7 +279,7 @@ def report(name: Name) -> None:
         table.add_row(gate["gate"], gate["outcome"], gate["reason"])
     console.print(table)
     counted = f"{shadow['frames']} frames compared, {shadow['flips']} flips"
-    console.print(f"{name}: {shadow['outcome']}; {counted}, as of {shadow['at']}", highlight=False)
+    console.print(f"{name}: {shadow['outcome']}; {counted}, as of {shadow['at']}")
 
 
 def threshold(
@@ -294,22 +301,16 @@ def threshold(
             await _preview(body["spec"]["source"]["model"], live["version"], value, storage_address, token)
             return
         await asyncio.to_thread(_where.patch, name, {"spec": {"threshold": value}})
-        console.print(f"{name}: threshold {value:g}", highlight=False)
+        console.print(f"{name}: threshold {value:g}")
 
     run(work())
 
 
 async def _preview(model: str, version: int, value: float, address: str, token: str | None) -> None:
     """Which of the newest stored frames would get another label."""
-    flips: list[StoredFrame] = []
-    frames = 0
     async with StorageClient(address, token=token) as storage:
-        async for frame in storage.frames_query(model, version=version, limit=PREVIEW_FRAMES):
-            if frame.verdict is None:
-                continue
-            frames += 1
-            if (frame.verdict.score >= value) != frame.verdict.anomalous:
-                flips.append(frame)
+        frames = await _newest(storage, model, version)
+    flips = [found for found in frames if found.verdict and (found.verdict.score >= value) != found.verdict.anomalous]
     table = Table(Column("frame", min_width=36), "camera", "score", "now", "then")
     for frame in sorted(flips, key=lambda found: -abs(found.verdict.score - value if found.verdict else 0))[:20]:
         verdict = frame.verdict
@@ -320,10 +321,22 @@ async def _preview(model: str, version: int, value: float, address: str, token: 
         console.print(table)
     alarms = sum(not frame.verdict.anomalous for frame in flips if frame.verdict)
     console.print(
-        f"at {value:g}: {len(flips)} of {frames} stored frames of version {version} would flip, "
+        f"at {value:g}: {len(flips)} of the {len(frames)} newest stored frames of version {version} would flip, "
         f"{alarms} to anomalous, {len(flips) - alarms} to normal",
-        highlight=False,
     )
+
+
+async def _newest(storage: StorageClient, model: str, version: int) -> list[StoredFrame]:
+    """The newest judged frames of a version; what is stored is told oldest first, so by ever longer times back."""
+    for span in _PREVIEW_SPANS:
+        start = datetime.now(UTC) - span if span else None
+        found: deque[StoredFrame] = deque(maxlen=PREVIEW_FRAMES)
+        async for frame in storage.frames_query(model, version=version, start=start):
+            if frame.verdict is not None:
+                found.append(frame)
+        if len(found) == PREVIEW_FRAMES:
+            break
+    return list(found)
 
 
 VERBS = (status, promote, abort, rollback, pause, resume, history, diff, report, threshold)
@@ -341,15 +354,20 @@ def up(folder: Folder = FOLDER) -> None:
     from vigil_cli.local.operator import look_after  # noqa: PLC0415
 
     async def work() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        stop, loop, starting = asyncio.Event(), asyncio.get_running_loop(), asyncio.current_task()
+
+        def on_signals(act: Callable[[], object]) -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, act)
 
         def say(text: str) -> None:
-            console.print(text, highlight=False, soft_wrap=True, markup=False)
+            console.print(text, soft_wrap=True)
 
+        assert starting is not None  # noqa: S101 - this is a task
+        on_signals(starting.cancel)
         try:
             async with LocalStack(folder, log=say) as stack:
+                on_signals(stop.set)
                 addresses = {
                     "VIGIL_ADDRESS": stack.ingest_address,
                     "VIGIL_STORAGE_ADDRESS": stack.storage_address,
@@ -369,6 +387,9 @@ def up(folder: Folder = FOLDER) -> None:
                     await keeping
         except StackError as error:
             raise Unavailable("STACK_DOWN", str(error)) from error
+        except asyncio.CancelledError:
+            say("stopped before it was up")
+            raise typer.Exit(INTERRUPTED) from None
 
     run(work())
 
@@ -385,7 +406,7 @@ def apply_(
         return await asyncio.to_thread(lambda: ResourceFiles(folder).apply(file.read_text()))
 
     for name in run(work()):
-        console.print(f"anomalymodel/{name} applied", highlight=False)
+        console.print(f"anomalymodel/{name} applied")
 
 
 @local.command()
@@ -396,4 +417,4 @@ def delete(name: Name, *, folder: Folder = FOLDER) -> None:
         await asyncio.to_thread(ResourceFiles(folder).delete, name)
 
     run(work())
-    console.print(f"anomalymodel/{name} deleted", highlight=False)
+    console.print(f"anomalymodel/{name} deleted")

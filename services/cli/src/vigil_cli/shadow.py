@@ -8,11 +8,12 @@ import typer
 from google.protobuf.json_format import MessageToDict
 from rich.live import Live as LiveDisplay
 from rich.table import Column, Table
+from rich.text import Text
 from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
 from vigil_client import Route, RouteClient, ServiceError, StorageClient
 
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, Since, StorageAddress, Token, Until, console, run
+from vigil_cli.options import DEFAULT_STORAGE, LAST_VERSION, AsJson, Since, StorageAddress, Token, Until, console, run
 from vigil_cli.shadow_client import ShadowClient
 from vigil_cli.shadow_html import PICTURES, write_html
 from vigil_cli.shadow_lines import OUTCOMES, rows, title
@@ -40,7 +41,7 @@ _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 def start(
     model: Model,
     *,
-    version: Annotated[int, typer.Option(help="The candidate; 0: the newest.")] = 0,
+    version: Annotated[int, typer.Option(min=0, max=LAST_VERSION, help="The candidate; 0: the newest.")] = 0,
     threshold: Annotated[float | None, typer.Option(help="Instead of the bundle's own.")] = None,
     sample_fraction: Annotated[float, typer.Option(min=0, max=1, help="Which part of the frames it gets.")] = 1.0,
     storage_address: StorageAddress = DEFAULT_STORAGE,
@@ -119,9 +120,9 @@ def report(
         return
     show(found)
     if not gates.ListFields():
-        console.print(f"by the default gates; those of an AnomalyModel: `vigil report {model}`", highlight=False)
+        console.print(f"by the default gates; those of an AnomalyModel: `vigil report {model}`")
     if output is not None:
-        console.print(f"written to {output}", highlight=False)
+        console.print(f"written to {output}")
 
 
 async def stored_images(
@@ -152,7 +153,7 @@ def show(found: shadow_pb2.GetReportResponse | shadow_pb2.WatchReportResponse) -
     console.print(summary(found.report))
     console.print(gate_table(found.decision))
     overall = OUTCOMES[found.decision.overall]
-    console.print(f"[{_COLOURS[overall]}]{overall}[/]: {found.decision.reason}", highlight=False)
+    console.print(Text.assemble((overall, _COLOURS[overall]), f": {found.decision.reason}"))
 
 
 def summary(found: shadow_pb2.Report) -> Table:
@@ -168,7 +169,7 @@ def gate_table(decision: shadow_pb2.Decision) -> Table:
     table = Table("gate", "says", "why")
     for gate in decision.gates:
         outcome = OUTCOMES[gate.outcome]
-        table.add_row(gate.gate, f"[{_COLOURS[outcome]}]{outcome}[/]", gate.reason)
+        table.add_row(gate.gate, Text(outcome, _COLOURS[outcome]), gate.reason)
     return table
 
 
@@ -237,7 +238,7 @@ def replay(
     model: Model,
     *,
     replay_id: Annotated[str, typer.Option("--id", help="Names it; the same again goes on where it was.")],
-    version: Annotated[int, typer.Option(min=1, help="The candidate.")],
+    version: Annotated[int, typer.Option(min=1, max=LAST_VERSION, help="The candidate.")],
     worker: Annotated[str, typer.Option(help="Where a worker with it answers, as HOST:PORT.")],
     since: Since = None,
     until: Until = None,

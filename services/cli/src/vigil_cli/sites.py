@@ -58,7 +58,7 @@ def add(
             centre_url_at_edge=centre_url_at_edge,
         )
     )
-    console.print(f"site {name} added, {copied} versions copied to it", highlight=False)
+    console.print(f"site {name} added, {copied} versions copied to it")
 
 
 @app.command("list")
@@ -107,7 +107,7 @@ def status(
                 table.add_row(direction, link.what, answers, *counts, link.last_error)
         console.print(table)
     if trouble:
-        errors.print(f"{site.url}: {trouble}", highlight=False, soft_wrap=True)
+        errors.print(f"{site.url}: {trouble}", soft_wrap=True)
     if trouble or not all(link.active for link in (*down, *up)):
         raise typer.Exit(1)
 
@@ -132,4 +132,4 @@ def remove(
         await reduct_sites.remove_site(centre, edge, name)
 
     run(work())
-    console.print(f"site {name} removed", highlight=False)
+    console.print(f"site {name} removed")

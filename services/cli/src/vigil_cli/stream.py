@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import statistics
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
@@ -52,15 +53,15 @@ def stream(
         raise typer.BadParameter(str(error)) from error
     if source.left_out:
         what = f"left out, as no images by their names: {source.left_out}"
-        errors.print(f"{what}; name a file itself to have it sent", highlight=False, soft_wrap=True)
+        errors.print(f"{what}; name a file itself to have it sent", soft_wrap=True)
     names: dict[str, str] = {}
 
     async def frames() -> AsyncIterator[Frame]:
         async for name, image in source:
             # So that a stored frame leads back to its file. A camera's URL may hold a password.
-            labels = {} if "://" in name else {"source": quote(name, safe="/#")[-_LONGEST_SOURCE:]}
+            labels = {} if "://" in name else {"source": quote(os.fsencode(name), safe="/#")[-_LONGEST_SOURCE:]}
             frame = Frame(image, model, camera=camera, visualization=visualization, labels=labels)
-            names[frame.frame_id] = name
+            names[frame.frame_id] = os.fsencode(name).decode(errors="replace")
             yield frame
 
     tally = _Tally()
@@ -78,7 +79,7 @@ def stream(
         if not as_json:
             console.print(tally.table())
         for line in tally.remarks(named=as_json):
-            errors.print(line, highlight=False, soft_wrap=True)
+            errors.print(line, soft_wrap=True)
         if names:
             errors.print(f"{len(names)} more were on their way; what was accepted of them is judged and stored")
     if tally.errors:
@@ -142,9 +143,9 @@ async def _collect(
             elif result.error is not None:
                 reason = result.error.reason or result.error.code
                 if tally.errors[reason] <= _SHOWN_OF_A_KIND:
-                    errors.print(f"{name}: {reason}: {result.error.message}", highlight=False, soft_wrap=True)
+                    errors.print(f"{name}: {reason}: {result.error.message}", soft_wrap=True)
             elif result.verdict is not None and result.verdict.anomalous:
-                console.print(f"{name}: anomalous, {result.verdict.score:.3f}", highlight=False, soft_wrap=True)
+                console.print(f"{name}: anomalous, {result.verdict.score:.3f}", soft_wrap=True)
             if result.verdict is not None and result.verdict.visualization:
                 await asyncio.to_thread(_save, pictures / f"{result.frame_id}.png", result.verdict.visualization)
 

@@ -147,17 +147,16 @@ def _train(images: TrainingSet, name: str, algorithm: str | None, source: dict[s
             result = vigil_trainer.train(images.normal, images.abnormal, masks=images.masks, name=name, source=source)
     measured = {"AUROC": result.auroc, "F1": result.f1, "pixel AUROC": result.pixel_auroc, "PRO": result.pro}
     text = "".join(f", {what} {value:.3f}" for what, value in measured.items() if value is not None)
-    console.print(f"{given}{text}, fitted in {result.fit_s:.1f} s", soft_wrap=True, highlight=False)
+    console.print(f"{given}{text}, fitted in {result.fit_s:.1f} s", soft_wrap=True)
     if 0 < len(images.abnormal) < FEW_ANOMALOUS:
         console.print(
             f"{len(images.abnormal)} anomalous images chose the threshold: too few for it, and for these figures, to "
             "be relied on; compare it with what is live before it goes there",
             soft_wrap=True,
-            highlight=False,
         )
     return result.bundle
 
 
 def _save(output: Path, bundle: bytes) -> None:
     output.write_bytes(bundle)
-    console.print(str(output), soft_wrap=True, highlight=False)
+    console.print(str(output), soft_wrap=True)
