@@ -196,7 +196,8 @@ async def test_a_model_says_itself_what_is_kept_of_its_normal_frames_and_a_thres
         answer = await asyncio.to_thread(CliRunner().invoke, app, command)
         normal = sum(frame.verdict is not None and not frame.verdict.anomalous for frame in frames)
         said = (
-            f"at 0: {normal} of the {len(frames)} newest stored frames of version 1 would flip, {normal} to anomalous"
+            f"at 0: {normal} of the {len(frames)} newest stored frames of version 1 would flip, "
+            f"{normal} to anomalous, 0 to normal"
         )
         assert said in " ".join(answer.output.split()), answer.output
         assert "threshold" not in files.get("line")["spec"]
