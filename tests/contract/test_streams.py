@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from redis.exceptions import ReadOnlyError, ResponseError
 from vigil_common.errors import InvalidInput, Unavailable
+from vigil_common.streams import memory, redis_frames
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
 from vigil_common.streams.redis import RedisStreams
@@ -107,6 +108,51 @@ async def test_a_reply_with_pictures_is_not_kept_and_the_frame_is_judged_again(s
     (frame,) = await source.read(count=1, block_ms=100)
     await source.emit([emission(frame.entry_id, "f1", reply=b"verdict with pictures")])
     assert (await admit(streams, "f1")).state is Admission.ADMITTED
+
+
+async def reply(streams: Streams, frame_id: str, outcome: bytes, reply: bytes) -> None:
+    """A frame of the replica `me` is judged."""
+    await admit(streams, frame_id, image=b"x", to="me")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, frame_id, outcome, reply)])
+
+
+async def test_a_reply_with_pictures_is_there_until_the_next_is_asked_for_and_no_longer(streams: Streams) -> None:
+    one, two, three = (name * 200_000 for name in (b"1", b"2", b"3"))
+    await reply(streams, "f1", b"verdict", one)
+    await reply(streams, "f2", b"verdict", two)
+    after, replies = await streams.queue.read_replies(M, "me", "0", block_ms=100)
+    assert replies == [one, two]
+    # The answer was lost on its way.
+    assert await streams.queue.read_replies(M, "me", "0", block_ms=100) == (after, replies)
+    assert await streams.queue.read_replies(M, "me", after, block_ms=10) == (after, [])
+    assert await streams.queue.read_replies(M, "me", "0", block_ms=10) == ("0", [])
+    await reply(streams, "f3", b"verdict", three)
+    assert (await streams.queue.read_replies(M, "me", after, block_ms=100))[1] == [three]
+
+
+async def test_pictures_that_nobody_fetches_are_bounded_by_their_bytes(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis_frames):
+        monkeypatch.setattr(module, "REPLIES_BYTES_AT_MOST", 100_000)
+    for number in range(12):
+        await reply(streams, f"f{number}", b"verdict", bytes([number]) * 20_000)
+    _, replies = await streams.queue.read_replies(M, "me", "0", block_ms=100)
+    assert 3 <= len(replies) <= 5
+    assert replies[-1] == bytes([11]) * 20_000
+    await reply(streams, "large", b"verdict", b"x" * 200_000)
+    assert (await streams.queue.read_replies(M, "me", "0", block_ms=100))[1] == [b"x" * 200_000]
+
+
+async def test_replies_to_a_replica_that_is_gone_outlive_its_clients_patience_by_little(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await reply(streams, "f1", b"verdict", b"verdict")
+    assert 30 < int(server.ask("TTL", f"vigil:{{{M}}}:replies:me").removeprefix(":")) <= 60
+    await streams.close()
+    server.stop()
 
 
 async def test_the_budget_refuses_and_room_comes_back_only_when_storage_is_done(streams: Streams) -> None:
