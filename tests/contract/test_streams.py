@@ -15,6 +15,7 @@ from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission,
 from vigil_common.streams.redis import RedisStreams
 from vigil_common.streams.redis_connection import away
 
+from tests.support.link import Link
 from tests.support.valkey import ValkeyProcess
 
 if TYPE_CHECKING:
@@ -441,6 +442,28 @@ async def test_a_server_that_became_a_replica_is_away_not_broken(tmp_path: Path)
     assert await source.emit([emission(frame.entry_id, "f1")]) == [True]
     await streams.close()
     server.stop()
+
+
+async def test_after_a_failover_behind_one_address_no_connection_stays_with_the_old_primary(tmp_path: Path) -> None:
+    old, new = (ValkeyProcess(tmp_path / name).start() for name in ("old", "new"))
+    async with Link(old.port) as link:
+        streams = await RedisStreams.connect(f"redis://127.0.0.1:{link.port}")
+        await asyncio.gather(*(admit(streams, f"f{number}") for number in range(2)), streams.routing.get(M))
+        old.ask("REPLICAOF", "127.0.0.1", "1")
+        waiting = asyncio.create_task(streams.queue.read_replies(M, "me", "0", block_ms=500))
+        while "blocked_clients:1" not in old.ask("INFO", "clients"):
+            await asyncio.sleep(0.01)
+        link.target = new.port
+        with pytest.raises(Unavailable):
+            await admit(streams, "f2")
+        assert (await admit(streams, "f2")).state is Admission.ADMITTED
+        assert await waiting == ("0", [])
+        written = await streams.routing.write(M, live=Live(1, "sha256:1"))
+        # On all the connections there are: a replica would answer what it once knew.
+        assert await asyncio.gather(*(streams.routing.get(M) for _ in range(4))) == [written] * 4
+        await streams.close()
+    for server in (old, new):
+        server.stop()
 
 
 async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams) -> None:
