@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import ClusterError, ReadOnlyError, ResponseError
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams import memory, redis_frames
 from vigil_common.streams.memory import MemoryStreams
@@ -16,7 +16,7 @@ from vigil_common.streams.redis import RedisStreams
 from vigil_common.streams.redis_connection import away
 
 from tests.support.link import Link
-from tests.support.valkey import ValkeyProcess
+from tests.support.valkey import ValkeyCluster, ValkeyProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -359,6 +359,10 @@ async def test_over_the_servers_memory_nothing_is_written_and_what_is_known_is_s
     server.ask("CONFIG", "SET", "maxmemory", "1")
     assert await states() == [Admission.FULL, Admission.JUDGED, Admission.FULL]
     assert (await streams.queue.depth(M)).frames == 2
+    # Of one that starts now, too: it can't make sure of the groups.
+    await streams.close()
+    streams = await RedisStreams.connect(server.url)
+    assert await states() == [Admission.FULL, Admission.JUDGED, Admission.FULL]
     server.ask("CONFIG", "SET", "maxmemory", "0")
     assert await states() == [Admission.PENDING, Admission.JUDGED, Admission.ADMITTED]
     await streams.close()
@@ -410,6 +414,22 @@ async def test_the_answer_to_a_read_that_was_given_up_is_not_taken_for_the_next_
     server.stop()
 
 
+async def test_a_cluster_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
+    cluster = ValkeyCluster(tmp_path / "cluster")
+    streams = await RedisStreams.connect(cluster.url)
+    with pytest.raises(Unavailable):
+        await streams.ping()
+    cluster.start()
+    await streams.ping()
+    await admit(streams, "f1")
+    cluster.stop()
+    for _ in range(2):  # with the cluster as it was known, then without
+        for call in (streams.ping(), admit(streams, "f2"), streams.queue.depth(M), streams.routing.get(M)):
+            with pytest.raises(Unavailable):
+                await call
+    await streams.close()
+
+
 def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:
     # uvloop's and redis-py's own words, as they came in runs with faults.
     closed = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
@@ -418,6 +438,7 @@ def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:
         ConnectionResetError(),
         ResponseError("MISCONF Errors writing to the AOF file"),
         ReadOnlyError("You"),
+        ClusterError("TTL exhausted."),
     ]
     assert all(map(away, gone))
     assert not any(map(away, [RuntimeError("dictionary changed"), ResponseError("WRONGTYPE Operation against a key")]))

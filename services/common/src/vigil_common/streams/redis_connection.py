@@ -13,8 +13,10 @@ import redis.asyncio as aredis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import (
     ClusterDownError,
+    ClusterError,
     NoScriptError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
     TryAgainError,
@@ -64,6 +66,9 @@ def away(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         # uvloop's word for a connection that was reset between two writes; redis-py lets it through.
         return "handler is closed" in str(error)
+    # The cluster client's own words: it reaches no node, or the nodes don't agree yet.
+    if isinstance(error, RedisClusterException | ClusterError):
+        return True
     return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
 
 
@@ -77,7 +82,7 @@ def translated() -> Iterator[None]:
     """Turn lost connections, and servers that can't serve now, into `Unavailable`."""
     try:
         yield
-    except (RedisError, OSError, RuntimeError) as error:
+    except (RedisError, RedisClusterException, OSError, RuntimeError) as error:
         if not away(error):
             raise
         raise unavailable(error) from error

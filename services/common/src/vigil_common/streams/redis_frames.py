@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
@@ -61,8 +62,10 @@ class RedisFrameQueue:
     ) -> Admitted:
         """Put a frame into the queue once."""
         if model not in self._ensured:
-            await self._connection.ensure_groups(model)
-            self._ensured.add(model)
+            # Over the server's memory the script says so, and still what is known; the groups begin at the beginning.
+            with suppress(OutOfMemoryError):
+                await self._connection.ensure_groups(model)
+                self._ensured.add(model)
         start = prefix(model)
         shared = Shared((f"{start}frames", f"{start}budget"), (self._budget_bytes, self._inflight_ttl_s))
         size = len(header) + len(image) + ENTRY_OVERHEAD_BYTES
