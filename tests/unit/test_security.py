@@ -19,6 +19,7 @@ from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil_common.access import Role, Tokens
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
+from vigil_common.grpc import security as grpc_security
 from vigil_common.grpc.security import connect
 from vigil_common.grpc.server import create_server
 from vigil_common.streams.memory import MemoryStreams
@@ -29,7 +30,7 @@ from vigil_ingest.servicer import IngestServicer
 from tests.support.valkey import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 LIMITS = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=0.3)
@@ -59,9 +60,13 @@ async def reason(channel: grpc.aio.Channel, *, model: str = "cells", token: str 
     request = ingest_pb2.SubmitRequest(frame=ingest_pb2.Frame(frame_id="f", model=model, image=b"x" * 10))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Submit(request, metadata=metadata, timeout=5)
-    status: Any = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+    return reason_of(caught.value)
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]
     if status is None:
-        return caught.value.code().name
+        return error.code().name
     info = error_details_pb2.ErrorInfo()
     status.details[0].Unpack(info)
     return str(info.reason)
@@ -133,6 +138,70 @@ async def test_a_revoked_token_is_refused_without_a_restart(tokens_file: Path) -
         tokens_file.write_text(yaml.safe_dump({"tokens": document["tokens"][1:]}))
         os.utime(tokens_file, ns=(1, 1))
         assert await reason(channel, token=TOKENS["line"]) == "TOKEN_UNKNOWN"
+
+
+async def ended(port: int, tokens_file: Path, change: Callable[[dict[str, Any]], None]) -> tuple[str, bool]:
+    """How an open stream ends after a change of its token's entry, and whether a frame was taken until then."""
+    async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = stub.Stream(metadata=(("authorization", f"Bearer {TOKENS['line']}"),))
+        await call.write(ingest_pb2.StreamRequest(frame=ingest_pb2.Frame(frame_id="f", model="cells", image=b"x")))
+        taken = isinstance(await call.read(), ingest_pb2.StreamResponse)
+        document = yaml.safe_load(tokens_file.read_text())
+        change(document["tokens"][0])
+        tokens_file.write_text(yaml.safe_dump(document))
+        os.utime(tokens_file, ns=(1, 1))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(5):
+                await call.read()
+        return reason_of(caught.value), taken
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sha256": "0" * 64}, "TOKEN_UNKNOWN"),
+        ({"roles": ["review"]}, "ROLE_MISSING"),
+        ({"models": ["nuts"]}, "TOKEN_CHANGED"),
+    ],
+)
+async def test_an_open_stream_ends_when_its_token_no_longer_allows_it(
+    tokens_file: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(grpc_security, "RECHECK_S", 0.05)
+    async with serving(SecuritySettings(tokens_file=tokens_file)) as port:
+        assert await ended(port, tokens_file, lambda entry: entry.update(change)) == (expected, True)
+
+
+async def test_a_clients_stream_hears_of_the_end_also_while_it_sends(
+    tokens_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_security, "RECHECK_S", 0.05)
+
+    window = asyncio.Semaphore(32)
+
+    async def frames() -> AsyncIterator[ingest_pb2.StreamRequest]:
+        while True:
+            await window.acquire()
+            yield ingest_pb2.StreamRequest(frame=ingest_pb2.Frame(frame_id="f", model="cells", image=b"x" * 50_000))
+
+    async def answers() -> None:
+        async with asyncio.timeout(5):
+            async for _ in call:
+                window.release()
+
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = stub.Stream(frames(), metadata=(("authorization", f"Bearer {TOKENS['line']}"),))
+        document = yaml.safe_load(tokens_file.read_text())
+        tokens_file.write_text(yaml.safe_dump({"tokens": document["tokens"][1:]}))
+        os.utime(tokens_file, ns=(1, 1))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answers()
+        assert reason_of(caught.value) == "TOKEN_UNKNOWN"
 
 
 async def test_a_slip_in_the_tokens_file_locks_nobody_out(tokens_file: Path) -> None:
