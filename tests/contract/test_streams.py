@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from redis.exceptions import ClusterError, ReadOnlyError, ResponseError
+from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams import memory, redis_frames
 from vigil_common.streams.memory import MemoryStreams
@@ -367,6 +369,42 @@ async def test_over_the_servers_memory_nothing_is_written_and_what_is_known_is_s
     assert await states() == [Admission.PENDING, Admission.JUDGED, Admission.ADMITTED]
     await streams.close()
     server.stop()
+
+
+@pytest.mark.parametrize("user", ["", "camera"])
+async def test_a_rotated_password_is_taken_at_the_next_connection(tmp_path: Path, user: str) -> None:
+    rights = ("~*", "&*", "+@all")
+    server = ValkeyProcess(tmp_path / "valkey", "--user", "admin", "on", "nopass", *rights).start()
+    file = tmp_path / "password"
+    url = server.url.replace("//", f"//{user}@") if user else server.url
+    admin = await RedisStreams.connect(server.url.replace("//", "//admin@"))
+    streams = await RedisStreams.connect(url, security=SecuritySettings(redis_password_file=file))
+    for password in ("first", "second"):
+        file.write_text(f"{password}\n")
+        # A reset ends the user's connections.
+        rules = ("reset", "on", f">{password}", *rights)
+        await admin.queue._connection.command("ACL", "SETUSER", user or "default", *rules)
+        async with asyncio.timeout(5):
+            while True:
+                with suppress(Unavailable):
+                    await streams.ping()
+                    break
+    for one in (streams, admin):
+        await one.close()
+    server.stop()
+
+
+async def test_without_a_password_in_its_folder_there_is_none_and_without_the_folder_an_error(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    file = tmp_path / "password"
+    for _ in range(2):
+        streams = await RedisStreams.connect(server.url, security=SecuritySettings(redis_password_file=file))
+        await streams.ping()
+        await streams.close()
+        file.write_text("\n")
+    server.stop()
+    with pytest.raises(InvalidInput, match="VIGIL_REDIS_PASSWORD_FILE"):
+        await RedisStreams.connect(server.url, security=SecuritySettings(redis_password_file=file / "no" / "password"))
 
 
 async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: Path) -> None:
