@@ -19,6 +19,7 @@ from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil_common.access import Role, Tokens
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
+from vigil_common.grpc import reloading
 from vigil_common.grpc import security as grpc_security
 from vigil_common.grpc.security import connect
 from vigil_common.grpc.server import create_server
@@ -38,12 +39,12 @@ TOKENS = {"line": "a" * 40, "other": "b" * 40, "reviewer": "c" * 40, "admin": "d
 
 
 @asynccontextmanager
-async def serving(settings: SecuritySettings) -> AsyncIterator[int]:
+async def serving(settings: SecuritySettings, port: int = 0) -> AsyncIterator[int]:
     streams = MemoryStreams()
     for model in ("cells", "nuts"):
         await streams.routing.promote(model, version=1, digest="sha256:1", threshold=None)
     app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
-    handle = create_server("localhost:0", access=ACCESS, security=settings)
+    handle = create_server(f"localhost:{port}", access=ACCESS, security=settings)
     servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
     ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
     await handle.start()
@@ -287,6 +288,51 @@ async def test_a_rotated_certificate_is_served_without_a_restart(tmp_path: Path)
         first.cert.write_bytes(second.cert.read_bytes())
         async with connect(f"localhost:{port}", SecuritySettings(tls_ca_file=second.ca)) as channel:
             assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_a_channel_shows_and_trusts_the_certificates_that_are_in_its_files_now(
+    tmp_path: Path, unused_port: int
+) -> None:
+    first, second = Pki(tmp_path, "first"), Pki(tmp_path, "second")
+
+    def server(pki: Pki) -> SecuritySettings:
+        return SecuritySettings(tls_cert_file=pki.cert, tls_key_file=pki.key, tls_client_ca_file=pki.ca)
+
+    own = SecuritySettings(
+        tls_ca_file=tmp_path / "own-ca", tls_cert_file=tmp_path / "own", tls_key_file=tmp_path / "own-key"
+    )
+
+    def rotate(pki: Pki) -> None:
+        for path, source in ((own.tls_ca_file, pki.ca), (own.tls_cert_file, pki.cert), (own.tls_key_file, pki.key)):
+            assert path is not None
+            path.write_bytes(source.read_bytes())
+
+    rotate(first)
+    async with connect(f"localhost:{unused_port}", own) as channel:
+        async with serving(server(first), unused_port):
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+            (tmp_path / "own-key").unlink()
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+        rotate(second)
+        async with serving(server(second), unused_port):
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_a_call_under_way_ends_well_after_a_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reloading, "RETIRE_AFTER_S", 0.0)
+    ours = Pki(tmp_path, "ours")
+    served = SecuritySettings(tls_cert_file=ours.cert, tls_key_file=ours.key)
+    async with serving(served) as port, connect(f"localhost:{port}", SecuritySettings(tls_ca_file=ours.ca)) as channel:
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = stub.Stream()
+        frame = ingest_pb2.StreamRequest(frame=ingest_pb2.Frame(frame_id="f", model="cells", image=b"x"))
+        for turn in range(1, 3):
+            await call.write(frame)
+            assert isinstance(await call.read(), ingest_pb2.StreamResponse)
+            os.utime(ours.ca, ns=(turn, turn))
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
 
 
 async def test_with_tls_the_probes_have_a_port_that_answers_nothing_else(tmp_path: Path, unused_port: int) -> None:

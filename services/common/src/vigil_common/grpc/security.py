@@ -15,6 +15,7 @@ from vigil_common.access import Principal, Role, Tokens, enter, require
 from vigil_common.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable, VigilError
 from vigil_common.grpc.errors import to_status
 from vigil_common.grpc.handlers import behaviour_of, drained, with_behaviour
+from vigil_common.grpc.reloading import ReloadingChannel
 from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _refusal(handler: Any, error: VigilError) -> Any:
 
 
 def connect(address: str, settings: SecuritySettings, *, server_name: str | None = None) -> grpc.aio.Channel:
-    """A channel to another service, with TLS, client certificate and token as set.
+    """A channel to another service, with TLS, client certificate and token as set; files are read again as they change.
 
     Args:
         address: HOST:PORT.
@@ -248,13 +249,15 @@ def connect(address: str, settings: SecuritySettings, *, server_name: str | None
         interceptors = [kind(settings.token_file) for kind in (_UnaryToken, _UnaryStreamToken, _StreamUnaryToken)]
     if settings.tls_ca_file is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-    mutual = settings.tls_cert_file is not None and settings.tls_key_file is not None
-    credentials = grpc.ssl_channel_credentials(
-        settings.tls_ca_file.read_bytes(),
-        settings.tls_key_file.read_bytes() if mutual and settings.tls_key_file else None,
-        settings.tls_cert_file.read_bytes() if mutual and settings.tls_cert_file else None,
-    )
-    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+    files = [settings.tls_ca_file]
+    if settings.tls_key_file is not None and settings.tls_cert_file is not None:
+        files += [settings.tls_key_file, settings.tls_cert_file]
+
+    def secure() -> grpc.aio.Channel:
+        credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
+        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+    return ReloadingChannel(files, secure)
 
 
 class _Token:
