@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import ClusterError, ReadOnlyError, ResponseError
+from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput, Unavailable
+from vigil_common.streams import memory, redis_frames
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
 from vigil_common.streams.redis import RedisStreams
 from vigil_common.streams.redis_connection import away
 
-from tests.support.valkey import ValkeyProcess
+from tests.support.link import Link
+from tests.support.valkey import ValkeyCluster, ValkeyProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +111,51 @@ async def test_a_reply_with_pictures_is_not_kept_and_the_frame_is_judged_again(s
     (frame,) = await source.read(count=1, block_ms=100)
     await source.emit([emission(frame.entry_id, "f1", reply=b"verdict with pictures")])
     assert (await admit(streams, "f1")).state is Admission.ADMITTED
+
+
+async def reply(streams: Streams, frame_id: str, outcome: bytes, reply: bytes) -> None:
+    """A frame of the replica `me` is judged."""
+    await admit(streams, frame_id, image=b"x", to="me")
+    source = streams.source(M, "a")
+    (frame,) = await source.read(count=1, block_ms=100)
+    await source.emit([emission(frame.entry_id, frame_id, outcome, reply)])
+
+
+async def test_a_reply_with_pictures_is_there_until_the_next_is_asked_for_and_no_longer(streams: Streams) -> None:
+    one, two, three = (name * 200_000 for name in (b"1", b"2", b"3"))
+    await reply(streams, "f1", b"verdict", one)
+    await reply(streams, "f2", b"verdict", two)
+    after, replies = await streams.queue.read_replies(M, "me", "0", block_ms=100)
+    assert replies == [one, two]
+    # The answer was lost on its way.
+    assert await streams.queue.read_replies(M, "me", "0", block_ms=100) == (after, replies)
+    assert await streams.queue.read_replies(M, "me", after, block_ms=10) == (after, [])
+    assert await streams.queue.read_replies(M, "me", "0", block_ms=10) == ("0", [])
+    await reply(streams, "f3", b"verdict", three)
+    assert (await streams.queue.read_replies(M, "me", after, block_ms=100))[1] == [three]
+
+
+async def test_pictures_that_nobody_fetches_are_bounded_by_their_bytes(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (memory, redis_frames):
+        monkeypatch.setattr(module, "REPLIES_BYTES_AT_MOST", 100_000)
+    for number in range(12):
+        await reply(streams, f"f{number}", b"verdict", bytes([number]) * 20_000)
+    _, replies = await streams.queue.read_replies(M, "me", "0", block_ms=100)
+    assert 3 <= len(replies) <= 5
+    assert replies[-1] == bytes([11]) * 20_000
+    await reply(streams, "large", b"verdict", b"x" * 200_000)
+    assert (await streams.queue.read_replies(M, "me", "0", block_ms=100))[1] == [b"x" * 200_000]
+
+
+async def test_replies_to_a_replica_that_is_gone_outlive_its_clients_patience_by_little(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await reply(streams, "f1", b"verdict", b"verdict")
+    assert 30 < int(server.ask("TTL", f"vigil:{{{M}}}:replies:me").removeprefix(":")) <= 60
+    await streams.close()
+    server.stop()
 
 
 async def test_the_budget_refuses_and_room_comes_back_only_when_storage_is_done(streams: Streams) -> None:
@@ -312,10 +361,50 @@ async def test_over_the_servers_memory_nothing_is_written_and_what_is_known_is_s
     server.ask("CONFIG", "SET", "maxmemory", "1")
     assert await states() == [Admission.FULL, Admission.JUDGED, Admission.FULL]
     assert (await streams.queue.depth(M)).frames == 2
+    # Of one that starts now, too: it can't make sure of the groups.
+    await streams.close()
+    streams = await RedisStreams.connect(server.url)
+    assert await states() == [Admission.FULL, Admission.JUDGED, Admission.FULL]
     server.ask("CONFIG", "SET", "maxmemory", "0")
     assert await states() == [Admission.PENDING, Admission.JUDGED, Admission.ADMITTED]
     await streams.close()
     server.stop()
+
+
+@pytest.mark.parametrize("user", ["", "camera"])
+async def test_a_rotated_password_is_taken_at_the_next_connection(tmp_path: Path, user: str) -> None:
+    rights = ("~*", "&*", "+@all")
+    server = ValkeyProcess(tmp_path / "valkey", "--user", "admin", "on", "nopass", *rights).start()
+    file = tmp_path / "password"
+    url = server.url.replace("//", f"//{user}@") if user else server.url
+    admin = await RedisStreams.connect(server.url.replace("//", "//admin@"))
+    streams = await RedisStreams.connect(url, security=SecuritySettings(redis_password_file=file))
+    for password in ("first", "second"):
+        file.write_text(f"{password}\n")
+        # A reset ends the user's connections.
+        rules = ("reset", "on", f">{password}", *rights)
+        await admin.queue._connection.command("ACL", "SETUSER", user or "default", *rules)
+        async with asyncio.timeout(5):
+            while True:
+                with suppress(Unavailable):
+                    await streams.ping()
+                    break
+    for one in (streams, admin):
+        await one.close()
+    server.stop()
+
+
+async def test_without_a_password_in_its_folder_there_is_none_and_without_the_folder_an_error(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    file = tmp_path / "password"
+    for _ in range(2):
+        streams = await RedisStreams.connect(server.url, security=SecuritySettings(redis_password_file=file))
+        await streams.ping()
+        await streams.close()
+        file.write_text("\n")
+    server.stop()
+    with pytest.raises(InvalidInput, match="VIGIL_REDIS_PASSWORD_FILE"):
+        await RedisStreams.connect(server.url, security=SecuritySettings(redis_password_file=file / "no" / "password"))
 
 
 async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: Path) -> None:
@@ -363,6 +452,22 @@ async def test_the_answer_to_a_read_that_was_given_up_is_not_taken_for_the_next_
     server.stop()
 
 
+async def test_a_cluster_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
+    cluster = ValkeyCluster(tmp_path / "cluster")
+    streams = await RedisStreams.connect(cluster.url)
+    with pytest.raises(Unavailable):
+        await streams.ping()
+    cluster.start()
+    await streams.ping()
+    await admit(streams, "f1")
+    cluster.stop()
+    for _ in range(2):  # with the cluster as it was known, then without
+        for call in (streams.ping(), admit(streams, "f2"), streams.queue.depth(M), streams.routing.get(M)):
+            with pytest.raises(Unavailable):
+                await call
+    await streams.close()
+
+
 def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:
     # uvloop's and redis-py's own words, as they came in runs with faults.
     closed = RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")
@@ -371,6 +476,7 @@ def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:
         ConnectionResetError(),
         ResponseError("MISCONF Errors writing to the AOF file"),
         ReadOnlyError("You"),
+        ClusterError("TTL exhausted."),
     ]
     assert all(map(away, gone))
     assert not any(map(away, [RuntimeError("dictionary changed"), ResponseError("WRONGTYPE Operation against a key")]))
@@ -395,6 +501,28 @@ async def test_a_server_that_became_a_replica_is_away_not_broken(tmp_path: Path)
     assert await source.emit([emission(frame.entry_id, "f1")]) == [True]
     await streams.close()
     server.stop()
+
+
+async def test_after_a_failover_behind_one_address_no_connection_stays_with_the_old_primary(tmp_path: Path) -> None:
+    old, new = (ValkeyProcess(tmp_path / name).start() for name in ("old", "new"))
+    async with Link(old.port) as link:
+        streams = await RedisStreams.connect(f"redis://127.0.0.1:{link.port}")
+        await asyncio.gather(*(admit(streams, f"f{number}") for number in range(2)), streams.routing.get(M))
+        old.ask("REPLICAOF", "127.0.0.1", "1")
+        waiting = asyncio.create_task(streams.queue.read_replies(M, "me", "0", block_ms=500))
+        while "blocked_clients:1" not in old.ask("INFO", "clients"):
+            await asyncio.sleep(0.01)
+        link.target = new.port
+        with pytest.raises(Unavailable):
+            await admit(streams, "f2")
+        assert (await admit(streams, "f2")).state is Admission.ADMITTED
+        assert await waiting == ("0", [])
+        written = await streams.routing.write(M, live=Live(1, "sha256:1"))
+        # On all the connections there are: a replica would answer what it once knew.
+        assert await asyncio.gather(*(streams.routing.get(M) for _ in range(4))) == [written] * 4
+        await streams.close()
+    for server in (old, new):
+        server.stop()
 
 
 async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams) -> None:

@@ -18,8 +18,8 @@ from vigil_common.errors import Unavailable
 from vigil_common.store.open import open_stores
 from vigil_common.store.reduct_sites import FRAMES
 from vigil_common.store.reduct_token import main as write_token
-from vigil_common.streams import acl
-from vigil_common.streams.ports import Live
+from vigil_common.streams import acl, redis_frames
+from vigil_common.streams.ports import Emission, Live
 from vigil_common.streams.redis import RedisStreams
 from vigil_trainer import train
 
@@ -213,14 +213,33 @@ async def test_a_service_may_not_do_what_is_another_ones(
     await client.aclose()
 
 
+async def connect_as(name: str, url: str, users: Path) -> RedisStreams:
+    settings = SecuritySettings(redis_password_file=users / name)
+    return await RedisStreams.connect(url.replace("redis://", f"redis://{name}@"), security=settings)
+
+
+async def test_pictures_that_pile_up_are_trimmed_by_worker_and_ingest_as_their_own_users(
+    valkey: ValkeyProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_frames, "REPLIES_BYTES_AT_MOST", 1_000_000)
+    ingest, worker = [await connect_as(name, valkey.url, tmp_path / "users") for name in ("ingest", "inference")]
+    source, after, fetched = worker.source(MODEL, "a"), "0", []
+    for name in ("f1", "f2", "f3"):
+        await ingest.queue.admit(MODEL, frame_id=name, sha256=b"s", header=b"h", image=b"i", reply_to="me")
+        (frame,) = await source.read(count=1, block_ms=1000)
+        await source.emit([Emission(frame.entry_id, name, b"o", name.encode() * 300_000)])
+    for _ in range(2):
+        after, replies = await ingest.queue.read_replies(MODEL, "me", after, block_ms=10)
+        fetched += [reply[:2] for reply in replies]
+    assert fetched == [b"f3"]
+    assert await denied(valkey.url, tmp_path / "users") == []
+    for one in (ingest, worker):
+        await one.close()
+
+
 async def test_a_worker_can_not_write_the_route_by_a_script_either(valkey: ValkeyProcess, tmp_path: Path) -> None:
     users = tmp_path / "users"
-
-    async def connect(name: str) -> RedisStreams:
-        settings = SecuritySettings(redis_password_file=users / name)
-        return await RedisStreams.connect(valkey.url.replace("redis://", f"redis://{name}@"), security=settings)
-
-    admin, worker = await connect(acl.ADMIN), await connect("inference")
+    admin, worker = [await connect_as(name, valkey.url, users) for name in (acl.ADMIN, "inference")]
     written = await admin.routing.promote(MODEL, version=1, digest="sha256:1", threshold=None)
     assert await worker.routing.get(MODEL) == written
     with pytest.raises(NoPermissionError):

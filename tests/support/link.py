@@ -8,10 +8,14 @@ from typing import Self
 
 
 class Link:
-    """Passes connections on to a port of this machine, until it is cut; then it refuses them, until it is mended."""
+    """Passes connections on to a port of this machine, until it is cut; then it refuses them, until it is mended.
+
+    Attributes:
+        target: The port; another one is for new connections, as behind a Service whose endpoint changed.
+    """
 
     def __init__(self, port: int) -> None:
-        self._target = port
+        self.target = port
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -49,7 +53,7 @@ class Link:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(OSError, asyncio.CancelledError):
-            there, back = await asyncio.open_connection("127.0.0.1", self._target)
+            there, back = await asyncio.open_connection("127.0.0.1", self.target)
             self._open |= {writer, back}
             await asyncio.gather(_copy(reader, back), _copy(there, writer), return_exceptions=True)
             for end in (writer, back):

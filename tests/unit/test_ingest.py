@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 import pytest
+import structlog
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import given
@@ -309,6 +310,20 @@ async def test_submit_puts_the_reason_into_the_status(served: Served) -> None:
     status = rpc_status.from_call(cast("grpc.Call", caught.value))
     assert status is not None
     assert reason_of(status) == "IMAGE_UNREADABLE"
+
+
+async def test_a_stream_that_broke_says_so_to_its_client_and_in_the_log(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not foreseen")
+
+    monkeypatch.setattr(served.streams.queue, "admit", broken)
+    call = served.stub.Stream(iter([request("f", picture())]))
+    with structlog.testing.capture_logs() as lines, pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [response async for response in call]
+    assert caught.value.code() is grpc.StatusCode.UNKNOWN
+    assert [line["exc_info"] for line in lines if line["event"] == "stream_failed"] == [True]
 
 
 async def test_a_follower_that_broke_goes_on_and_verdicts_still_come(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil_common.access import Role, Tokens
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
+from vigil_common.grpc import reloading
+from vigil_common.grpc import security as grpc_security
 from vigil_common.grpc.security import connect
 from vigil_common.grpc.server import create_server
 from vigil_common.streams.memory import MemoryStreams
@@ -29,7 +31,7 @@ from vigil_ingest.servicer import IngestServicer
 from tests.support.valkey import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
 LIMITS = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=0.3)
@@ -37,12 +39,12 @@ TOKENS = {"line": "a" * 40, "other": "b" * 40, "reviewer": "c" * 40, "admin": "d
 
 
 @asynccontextmanager
-async def serving(settings: SecuritySettings) -> AsyncIterator[int]:
+async def serving(settings: SecuritySettings, port: int = 0) -> AsyncIterator[int]:
     streams = MemoryStreams()
     for model in ("cells", "nuts"):
         await streams.routing.promote(model, version=1, digest="sha256:1", threshold=None)
     app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
-    handle = create_server("localhost:0", access=ACCESS, security=settings)
+    handle = create_server(f"localhost:{port}", access=ACCESS, security=settings)
     servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
     ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
     await handle.start()
@@ -59,9 +61,13 @@ async def reason(channel: grpc.aio.Channel, *, model: str = "cells", token: str 
     request = ingest_pb2.SubmitRequest(frame=ingest_pb2.Frame(frame_id="f", model=model, image=b"x" * 10))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stub.Submit(request, metadata=metadata, timeout=5)
-    status: Any = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+    return reason_of(caught.value)
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    status: Any = rpc_status.from_call(error)  # type: ignore[arg-type]
     if status is None:
-        return caught.value.code().name
+        return error.code().name
     info = error_details_pb2.ErrorInfo()
     status.details[0].Unpack(info)
     return str(info.reason)
@@ -133,6 +139,70 @@ async def test_a_revoked_token_is_refused_without_a_restart(tokens_file: Path) -
         tokens_file.write_text(yaml.safe_dump({"tokens": document["tokens"][1:]}))
         os.utime(tokens_file, ns=(1, 1))
         assert await reason(channel, token=TOKENS["line"]) == "TOKEN_UNKNOWN"
+
+
+async def ended(port: int, tokens_file: Path, change: Callable[[dict[str, Any]], None]) -> tuple[str, bool]:
+    """How an open stream ends after a change of its token's entry, and whether a frame was taken until then."""
+    async with grpc.aio.insecure_channel(f"localhost:{port}") as channel:
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = stub.Stream(metadata=(("authorization", f"Bearer {TOKENS['line']}"),))
+        await call.write(ingest_pb2.StreamRequest(frame=ingest_pb2.Frame(frame_id="f", model="cells", image=b"x")))
+        taken = isinstance(await call.read(), ingest_pb2.StreamResponse)
+        document = yaml.safe_load(tokens_file.read_text())
+        change(document["tokens"][0])
+        tokens_file.write_text(yaml.safe_dump(document))
+        os.utime(tokens_file, ns=(1, 1))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(5):
+                await call.read()
+        return reason_of(caught.value), taken
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sha256": "0" * 64}, "TOKEN_UNKNOWN"),
+        ({"roles": ["review"]}, "ROLE_MISSING"),
+        ({"models": ["nuts"]}, "TOKEN_CHANGED"),
+    ],
+)
+async def test_an_open_stream_ends_when_its_token_no_longer_allows_it(
+    tokens_file: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(grpc_security, "RECHECK_S", 0.05)
+    async with serving(SecuritySettings(tokens_file=tokens_file)) as port:
+        assert await ended(port, tokens_file, lambda entry: entry.update(change)) == (expected, True)
+
+
+async def test_a_clients_stream_hears_of_the_end_also_while_it_sends(
+    tokens_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_security, "RECHECK_S", 0.05)
+
+    window = asyncio.Semaphore(32)
+
+    async def frames() -> AsyncIterator[ingest_pb2.StreamRequest]:
+        while True:
+            await window.acquire()
+            yield ingest_pb2.StreamRequest(frame=ingest_pb2.Frame(frame_id="f", model="cells", image=b"x" * 50_000))
+
+    async def answers() -> None:
+        async with asyncio.timeout(5):
+            async for _ in call:
+                window.release()
+
+    async with (
+        serving(SecuritySettings(tokens_file=tokens_file)) as port,
+        grpc.aio.insecure_channel(f"localhost:{port}") as channel,
+    ):
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = stub.Stream(frames(), metadata=(("authorization", f"Bearer {TOKENS['line']}"),))
+        document = yaml.safe_load(tokens_file.read_text())
+        tokens_file.write_text(yaml.safe_dump({"tokens": document["tokens"][1:]}))
+        os.utime(tokens_file, ns=(1, 1))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answers()
+        assert reason_of(caught.value) == "TOKEN_UNKNOWN"
 
 
 async def test_a_slip_in_the_tokens_file_locks_nobody_out(tokens_file: Path) -> None:
@@ -218,6 +288,51 @@ async def test_a_rotated_certificate_is_served_without_a_restart(tmp_path: Path)
         first.cert.write_bytes(second.cert.read_bytes())
         async with connect(f"localhost:{port}", SecuritySettings(tls_ca_file=second.ca)) as channel:
             assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_a_channel_shows_and_trusts_the_certificates_that_are_in_its_files_now(
+    tmp_path: Path, unused_port: int
+) -> None:
+    first, second = Pki(tmp_path, "first"), Pki(tmp_path, "second")
+
+    def server(pki: Pki) -> SecuritySettings:
+        return SecuritySettings(tls_cert_file=pki.cert, tls_key_file=pki.key, tls_client_ca_file=pki.ca)
+
+    own = SecuritySettings(
+        tls_ca_file=tmp_path / "own-ca", tls_cert_file=tmp_path / "own", tls_key_file=tmp_path / "own-key"
+    )
+
+    def rotate(pki: Pki) -> None:
+        for path, source in ((own.tls_ca_file, pki.ca), (own.tls_cert_file, pki.cert), (own.tls_key_file, pki.key)):
+            assert path is not None
+            path.write_bytes(source.read_bytes())
+
+    rotate(first)
+    async with connect(f"localhost:{unused_port}", own) as channel:
+        async with serving(server(first), unused_port):
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+            (tmp_path / "own-key").unlink()
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+        rotate(second)
+        async with serving(server(second), unused_port):
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_a_call_under_way_ends_well_after_a_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reloading, "RETIRE_AFTER_S", 0.0)
+    ours = Pki(tmp_path, "ours")
+    served = SecuritySettings(tls_cert_file=ours.cert, tls_key_file=ours.key)
+    async with serving(served) as port, connect(f"localhost:{port}", SecuritySettings(tls_ca_file=ours.ca)) as channel:
+        stub: ingest_pb2_grpc.IngestServiceAsyncStub = ingest_pb2_grpc.IngestServiceStub(channel)
+        call = stub.Stream()
+        frame = ingest_pb2.StreamRequest(frame=ingest_pb2.Frame(frame_id="f", model="cells", image=b"x"))
+        for turn in range(1, 3):
+            await call.write(frame)
+            assert isinstance(await call.read(), ingest_pb2.StreamResponse)
+            os.utime(ours.ca, ns=(turn, turn))
+            assert await reason(channel) == "IMAGE_UNREADABLE"
+        await call.done_writing()
+        assert await call.read() is grpc.aio.EOF
 
 
 async def test_with_tls_the_probes_have_a_port_that_answers_nothing_else(tmp_path: Path, unused_port: int) -> None:

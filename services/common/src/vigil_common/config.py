@@ -18,7 +18,8 @@ class SecuritySettings(BaseSettings):
         health_bind: "HOST:PORT" that answers the probes without TLS and tokens, and nothing else.
         tls_ca_file: Authority of the other services' certificates; their calls go over TLS.
         token_file: Holds the token for calls to other services.
-        redis_password_file: Holds Redis' password; a user name is in the URL.
+        redis_password_file: Holds Redis' password, read at each connection; without the file there is none. A user
+            name is in the URL.
         redis_ca_file: Authority of Redis' certificate, for rediss://.
     """
 

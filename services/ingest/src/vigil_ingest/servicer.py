@@ -82,6 +82,12 @@ class IngestServicer(ingest_pb2_grpc.IngestServiceServicer):
                     # Room is made only once the answers are on their way: a slow reader holds at most its window.
                     for _ in range(carried):
                         room.release()
+                # Answers end with their reader, also where it broke: its other frames have no answer.
+                try:
+                    await reader
+                except Exception:
+                    log.exception("stream_failed", client=client)
+                    raise
             finally:
                 reader.cancel()
                 await asyncio.gather(reader, return_exceptions=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -10,19 +12,22 @@ from grpc_health.v1 import health
 from grpc_status import rpc_status
 
 from vigil_common.access import Principal, Role, Tokens, enter, require
-from vigil_common.errors import Forbidden, InvalidInput, Unauthenticated, VigilError
+from vigil_common.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable, VigilError
 from vigil_common.grpc.errors import to_status
 from vigil_common.grpc.handlers import behaviour_of, drained, with_behaviour
+from vigil_common.grpc.reloading import ReloadingChannel
 from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from vigil_common.config import SecuritySettings
 
 # Service's full name -> method ("*" for the others) -> roles that may call it.
 Access = Mapping[str, Mapping[str, frozenset[Role]]]
+# A stream lives for days; so long at most it outlives its token.
+RECHECK_S = 5.0
 
 log = get_logger()
 
@@ -70,6 +75,8 @@ def server_credentials(settings: SecuritySettings) -> grpc.ServerCredentials | N
 class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]
     """Lets a call through only with a token that may make it; probes need none.
 
+    A stream ends soon after its token no longer allows it, or allows something else.
+
     Args:
         tokens: Who has which.
         access: Roles per service and method; what is not in it only an admin may call.
@@ -89,31 +96,119 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-
         if service == health.SERVICE_NAME:
             return await continuation(handler_call_details)
         metadata: Mapping[str, Any] = dict(handler_call_details.invocation_metadata or ())
+        authorization, full_name = metadata.get("authorization"), handler_call_details.method
+        methods = self._access.get(service, {})
+
+        def caller() -> Principal:
+            who = self._tokens.authenticate(authorization)
+            require(who, methods.get(method, methods.get("*", frozenset())), full_name)
+            return who
+
         try:
-            who = self._tokens.authenticate(metadata.get("authorization"))
-            methods = self._access.get(service, {})
-            require(who, methods.get(method, methods.get("*", frozenset())), handler_call_details.method)
+            who = caller()
         except (Unauthenticated, Forbidden) as error:
-            log.info("call_refused", method=handler_call_details.method, reason=error.reason)
+            log.info("call_refused", method=full_name, reason=error.reason)
             return _refusal(await continuation(handler_call_details), error)
         handler = await continuation(handler_call_details)
-        return None if handler is None else _entered(handler, who)
+        return None if handler is None else _entered(handler, who, caller)
 
 
-def _entered(handler: Any, who: Principal) -> Any:
-    """The handler, with the caller known to whatever it calls."""
+class _Recheck:
+    """Looks every few seconds whether the caller is still the same, and ends the call's next wait where not.
+
+    Attributes:
+        refusal: Why the call ends.
+    """
+
+    def __init__(self, who: Principal, caller: Callable[[], Principal], limit: asyncio.Timeout) -> None:
+        self.refusal: VigilError | None = None
+        self._who, self._caller, self._limit = who, caller, limit
+        self._sending = False
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(RECHECK_S, self._look)
+
+    def _look(self) -> None:
+        try:
+            if self._caller() != self._who:
+                self.refusal = Unavailable("TOKEN_CHANGED", "what this token may do has changed; call again")
+        except (Unauthenticated, Forbidden) as error:
+            self.refusal = error
+        if self.refusal is None:
+            self._timer = self._loop.call_later(RECHECK_S, self._look)
+        elif not self._sending:
+            self._limit.reschedule(self._loop.time())
+
+    def sending(self) -> None:
+        """GRPC has a response: what waits now is not ours to interrupt."""
+        self._sending = True
+
+    def sent(self) -> None:
+        """It has gone.
+
+        Raises:
+            TimeoutError: The call ends.
+        """
+        self._sending = False
+        if self.refusal is not None:
+            raise TimeoutError
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._timer.cancel()
+
+
+@asynccontextmanager
+async def _rechecked(
+    who: Principal, caller: Callable[[], Principal], request: Any, context: Any
+) -> AsyncIterator[_Recheck]:
+    refusal = None
+    try:
+        async with asyncio.timeout(None) as limit:
+            recheck = _Recheck(who, caller, limit)
+            try:
+                yield recheck
+            finally:
+                recheck.stop()
+                refusal = recheck.refusal
+    except TimeoutError:
+        if refusal is None:
+            raise
+        log.info("call_ended", token=who.name, reason=refusal.reason)
+        await _refuse(request, context, refusal)
+
+
+def _entered(handler: Any, who: Principal, caller: Callable[[], Principal]) -> Any:
+    """The handler, with the caller known to whatever it calls, and held to what the caller may while it streams."""
     method = behaviour_of(handler)
 
     async def call(request: Any, context: Any) -> Any:
         enter(who)
         return await method(request, context)
 
+    async def upload(request: Any, context: Any) -> Any:
+        enter(who)
+        async with _rechecked(who, caller, request, context):
+            return await method(request, context)
+
     async def stream(request: Any, context: Any) -> Any:
         enter(who)
-        async for response in method(request, context):
-            yield response
+        async with (
+            _rechecked(who, caller, request, context) as recheck,
+            aclosing(method(request, context)) as responses,
+        ):
+            async for response in responses:
+                recheck.sending()
+                yield response
+                recheck.sent()
 
-    return with_behaviour(handler, stream if handler.response_streaming else call)
+    if handler.response_streaming:
+        return with_behaviour(handler, stream)
+    return with_behaviour(handler, upload if handler.request_streaming else call)
+
+
+async def _refuse(request: Any, context: Any, error: VigilError) -> None:
+    await drained(request)
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
 
 
 def _refusal(handler: Any, error: VigilError) -> Any:
@@ -121,8 +216,7 @@ def _refusal(handler: Any, error: VigilError) -> Any:
         return None
 
     async def refuse(request: Any, context: Any) -> None:
-        await drained(request)
-        await context.abort_with_status(rpc_status.to_status(to_status(error)))
+        await _refuse(request, context, error)
 
     async def refuse_stream(request: Any, context: Any) -> Any:
         await refuse(request, context)
@@ -132,7 +226,7 @@ def _refusal(handler: Any, error: VigilError) -> Any:
 
 
 def connect(address: str, settings: SecuritySettings, *, server_name: str | None = None) -> grpc.aio.Channel:
-    """A channel to another service, with TLS, client certificate and token as set.
+    """A channel to another service, with TLS, client certificate and token as set; files are read again as they change.
 
     Args:
         address: HOST:PORT.
@@ -155,13 +249,15 @@ def connect(address: str, settings: SecuritySettings, *, server_name: str | None
         interceptors = [kind(settings.token_file) for kind in (_UnaryToken, _UnaryStreamToken, _StreamUnaryToken)]
     if settings.tls_ca_file is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
-    mutual = settings.tls_cert_file is not None and settings.tls_key_file is not None
-    credentials = grpc.ssl_channel_credentials(
-        settings.tls_ca_file.read_bytes(),
-        settings.tls_key_file.read_bytes() if mutual and settings.tls_key_file else None,
-        settings.tls_cert_file.read_bytes() if mutual and settings.tls_cert_file else None,
-    )
-    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+    files = [settings.tls_ca_file]
+    if settings.tls_key_file is not None and settings.tls_cert_file is not None:
+        files += [settings.tls_key_file, settings.tls_cert_file]
+
+    def secure() -> grpc.aio.Channel:
+        credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
+        return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+    return ReloadingChannel(files, secure)
 
 
 class _Token:

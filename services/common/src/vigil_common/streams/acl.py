@@ -69,7 +69,7 @@ USERS: dict[str, tuple[Grant, ...]] = {
         Grant("eval evalsha", "frames budget frame:*"),
         Grant("xadd", "frames"),
         Grant("hmget hset expire", "budget frame:*"),
-        Grant("xread", read="replies:*"),
+        Grant("xread xtrim", "replies:*"),
     ),
     "inference": (
         _GROUPS,
@@ -78,7 +78,7 @@ USERS: dict[str, tuple[Grant, ...]] = {
         Grant("xreadgroup xautoclaim xpending xack", "frames"),
         Grant("hmget", read="routing"),
         Grant("xadd", "verdicts dead replies:* shadow-verdicts"),
-        Grant("expire", "replies:*"),
+        Grant("expire xlen xtrim memory|usage", "replies:*"),
         Grant("zadd", "unstored"),
         Grant("hmget hset hdel expire", "frame:*"),
         Grant("incr", "shadow-sequence"),

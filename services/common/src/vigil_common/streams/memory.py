@@ -34,6 +34,7 @@ ENTRY_OVERHEAD_BYTES = 512
 SHADOW_VERDICTS_AT_MOST = 16_384
 SHADOW_FRAMES_AT_MOST = 1_000
 DISAGREEMENTS_AT_MOST = 1_000
+REPLIES_BYTES_AT_MOST = 64 << 20
 
 
 @dataclass(slots=True)
@@ -60,7 +61,8 @@ class _Model:
     verdict_delivered: int = 0
     verdict_pending: set[int] = field(default_factory=set)
     unstored: set[int] = field(default_factory=set)
-    replies: dict[str, list[bytes]] = field(default_factory=dict)
+    replies: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    last_reply: int = 0
     known: dict[str, _Known] = field(default_factory=dict)
     dead: list[tuple[str, str]] = field(default_factory=list)
     owner: str = ""
@@ -195,11 +197,12 @@ class MemoryFrameQueue:
         return Admitted(Admission.ADMITTED)
 
     async def read_replies(self, model: str, reply_to: str, after: str, *, block_ms: int) -> tuple[str, list[bytes]]:
-        """Outcomes after this place."""
-        replies = self._streams.state(model).replies.setdefault(reply_to, [])
-        start = int(after)
-        await self._streams.until(lambda: len(replies) > start, block_ms)
-        return str(len(replies)), replies[start:]
+        """Outcomes after this place; those before it go."""
+        replies = self._streams.state(model).replies.setdefault(reply_to, {})
+        for place in [place for place in replies if place <= int(after)]:
+            del replies[place]
+        await self._streams.until(lambda: bool(replies), block_ms)
+        return str(max(replies, default=after)), list(replies.values())
 
     async def depth(self, model: str) -> Depth:
         """How full it is."""
@@ -274,12 +277,19 @@ class MemoryFrameSource:
             if emission.reply == emission.outcome:
                 known.judged = emission.outcome
             if known.reply_to:
-                state.replies.setdefault(known.reply_to, []).append(emission.reply)
+                self._reply(known.reply_to, emission.reply)
             candidate = route.candidate if route and entry > state.compared_from else None
             if route and candidate and sampled(emission.frame_id, candidate.sample_fraction):
                 self._show(route, emission, emission.compared or emission.outcome, candidate=False)
         await self._streams.changed()
         return won
+
+    def _reply(self, reply_to: str, reply: bytes) -> None:
+        self._state.last_reply += 1
+        replies = self._state.replies.setdefault(reply_to, {})
+        replies[self._state.last_reply] = reply
+        while len(replies) > 1 and sum(map(len, replies.values())) > REPLIES_BYTES_AT_MOST:
+            del replies[min(replies)]
 
     def _show(self, route: Route, emission: Emission, outcome: bytes, *, candidate: bool) -> None:
         """Give one side's outcome to shadow."""

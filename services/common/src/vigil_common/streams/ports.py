@@ -125,7 +125,11 @@ class FrameQueue(Protocol):
         ...
 
     async def read_replies(self, model: str, reply_to: str, after: str, *, block_ms: int) -> tuple[str, list[bytes]]:
-        """Serialised Outcomes after this place, and the new place ("0" to begin with)."""
+        """Serialised Outcomes after this place, and the new place ("0" to begin with).
+
+        Asking says that those before it have come: with pictures they are kept no longer. Unread, the oldest go first
+        where there are too many of them, or they are too large.
+        """
         ...
 
     async def depth(self, model: str) -> Depth:

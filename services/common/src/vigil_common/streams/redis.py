@@ -14,12 +14,16 @@ and `shadow-details:RUN` (the worst disagreements).
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis.asyncio as aredis
 from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.connection import SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.credentials import CredentialProvider
 
+from vigil_common.errors import InvalidInput
 from vigil_common.streams.redis_connection import Connection
 from vigil_common.streams.redis_frames import (
     RedisCandidateSource,
@@ -32,7 +36,53 @@ from vigil_common.streams.redis_routing import RedisRouting
 from vigil_common.streams.redis_shadow import RedisComparisonSource, RedisReports, RedisVerdictSource
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from vigil_common.config import SecuritySettings
+
+
+class _PasswordFile(CredentialProvider):
+    """The password, read anew for each connection since it may be rotated.
+
+    No file in a folder that is there is no password: a Secret may hold the authority's certificate alone.
+    """
+
+    def __init__(self, user: str, path: Path) -> None:
+        if not path.parent.is_dir():
+            raise InvalidInput(
+                "REDIS_PASSWORD_FOLDER_MISSING", f"VIGIL_REDIS_PASSWORD_FILE is {path}, but there is no {path.parent}"
+            )
+        self._user = user
+        self._path = path
+
+    def get_credentials(self) -> Any:
+        """What AUTH is given; nothing where there is neither user nor password."""
+        try:
+            password = self._path.read_text().strip()
+        except FileNotFoundError:
+            password = ""
+        if self._user:
+            return self._user, password
+        return (password,) if password else ()
+
+    async def get_credentials_async(self) -> Any:
+        """The same."""
+        return self.get_credentials()
+
+
+class _Tls(SSLConnection):
+    """Reads the certificates anew at each connection, since they may be rotated."""
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
+
+
+def _without_user(url: str) -> tuple[str, str]:
+    """The user of a URL, and the rest."""
+    parts = urlsplit(url)
+    return unquote(parts.username or ""), urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 class RedisStreams:
@@ -64,11 +114,15 @@ class RedisStreams:
         """Open `redis://` or `rediss://` for one node, `redis+cluster://` for a cluster.
 
         The library's own retries are off: a repeated XADD is a second frame, a repeated XREADGROUP strands entries.
+
+        Raises:
+            InvalidInput: REDIS_PASSWORD_FOLDER_MISSING.
         """
         retry = Retry(NoBackoff(), 0)
         more: dict[str, Any] = {}
-        if security is not None and security.redis_password_file is not None:
-            more["password"] = security.redis_password_file.read_text().strip()
+        if security is not None and security.redis_password_file is not None and not urlsplit(url).password:
+            user, url = _without_user(url)
+            more["credential_provider"] = _PasswordFile(user, security.redis_password_file)
         if security is not None and security.redis_ca_file is not None:
             more["ssl_ca_certs"] = str(security.redis_ca_file)
         if security is not None and security.tls_cert_file and security.tls_key_file and url.startswith("rediss"):
@@ -82,6 +136,10 @@ class RedisStreams:
             # Raw replies, but for what the cluster client itself asks.
             for name in set(cluster.response_callbacks) - {"COMMAND", "CLUSTER SLOTS", "CLUSTER SHARDS"}:
                 del cluster.response_callbacks[name]
+            if plain.startswith("rediss"):
+                cluster.connection_kwargs["connection_class"] = _Tls
+                for node in cluster.startup_nodes:
+                    node.connection_class = _Tls
             return cls(Connection(cluster), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
         client = aredis.Redis.from_url(
             url,
@@ -98,6 +156,8 @@ class RedisStreams:
         )
         # Raw replies: the callbacks would build objects that nobody reads.
         client.response_callbacks.clear()
+        if url.startswith("rediss"):
+            client.connection_pool.connection_class = _Tls
         return cls(Connection(client), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
 
     def source(self, model: str, consumer: str) -> RedisFrameSource:

@@ -13,8 +13,10 @@ import redis.asyncio as aredis
 from redis.asyncio.cluster import RedisCluster
 from redis.exceptions import (
     ClusterDownError,
+    ClusterError,
     NoScriptError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
     TryAgainError,
@@ -64,6 +66,9 @@ def away(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         # uvloop's word for a connection that was reset between two writes; redis-py lets it through.
         return "handler is closed" in str(error)
+    # The cluster client's own words: it reaches no node, or the nodes don't agree yet.
+    if isinstance(error, RedisClusterException | ClusterError):
+        return True
     return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
 
 
@@ -77,7 +82,7 @@ def translated() -> Iterator[None]:
     """Turn lost connections, and servers that can't serve now, into `Unavailable`."""
     try:
         yield
-    except (RedisError, OSError, RuntimeError) as error:
+    except (RedisError, RedisClusterException, OSError, RuntimeError) as error:
         if not away(error):
             raise
         raise unavailable(error) from error
@@ -148,6 +153,8 @@ class Connection:
         self._flusher: asyncio.Task[None] | None = None
         # Connections that nobody uses at the moment; on one node.
         self._idle: list[Any] = []
+        # How often a server said that it can't serve; what was connected before the last time is not used again.
+        self._left = 0
 
     async def command(self, *arguments: Any) -> Any:
         """One command."""
@@ -169,6 +176,7 @@ class Connection:
         """
         line = self._idle.pop() if self._idle else self.client.connection_pool.make_connection()
         answers: list[Any] = []
+        left, refused = self._left, False
         try:
             if line.is_connected and line._reader.at_eof():  # noqa: SLF001 - the server has gone; its own look costs a read
                 await line.disconnect(nowait=True)
@@ -180,6 +188,7 @@ class Connection:
                     answers.append(await line.read_response())
                 except ResponseError as error:
                     answers.append(error)
+                    refused = refused or away(error)
         except BaseException as error:
             # An answer that still comes would be taken for that of the next command.
             await line.disconnect(nowait=True)
@@ -188,7 +197,15 @@ class Connection:
                 # The server's own word for it is often overtaken by the end of the connection.
                 raise RedisConnectionError(f"{error}; if it wants a client certificate, there is none") from error
             raise
-        self._idle.append(line)
+        if refused:
+            # After a failover another server answers at the same address, and this one as a replica for long.
+            self._left += 1
+            while self._idle:
+                await self._idle.pop().disconnect(nowait=True)
+        if left == self._left:
+            self._idle.append(line)
+        else:
+            await line.disconnect(nowait=True)
         return answers
 
     async def commands(self, commands: Sequence[Sequence[Any]]) -> list[Any]:

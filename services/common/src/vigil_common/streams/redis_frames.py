@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
@@ -34,6 +35,12 @@ ENTRY_OVERHEAD_BYTES = 512
 SHADOW_VERDICTS_AT_MOST = 16_384
 # Frames that the queue may hold for a candidate that is behind live.
 SHADOW_FRAMES_AT_MOST = 1_000
+# Replies that a replica of ingest has yet to read, pictures included, and for how long they wait for one that is gone:
+# for longer than its clients, who wait 30 s unless set otherwise.
+REPLIES_BYTES_AT_MOST = 64 << 20
+REPLIES_KEPT_S = 60
+# What a replica has read it trims from here on: each time would be a write to disk for every verdict without pictures.
+REPLIES_READ_BYTES = 256 << 10
 ADMIT, EMIT, EMIT_CANDIDATE, TRIM = (Script.load(name) for name in ("admit", "emit", "emit_candidate", "trim"))
 
 log = get_logger()
@@ -47,14 +54,18 @@ class RedisFrameQueue:
         self._budget_bytes = budget_bytes
         self._inflight_ttl_s = inflight_ttl_s
         self._ensured: set[str] = set()
+        # Bytes of replies that were read and are still there, by their stream.
+        self._read_bytes: dict[str, int] = {}
 
     async def admit(
         self, model: str, *, frame_id: str, sha256: bytes, header: bytes, image: bytes, reply_to: str
     ) -> Admitted:
         """Put a frame into the queue once."""
         if model not in self._ensured:
-            await self._connection.ensure_groups(model)
-            self._ensured.add(model)
+            # Over the server's memory the script says so, and still what is known; the groups begin at the beginning.
+            with suppress(OutOfMemoryError):
+                await self._connection.ensure_groups(model)
+                self._ensured.add(model)
         start = prefix(model)
         shared = Shared((f"{start}frames", f"{start}budget"), (self._budget_bytes, self._inflight_ttl_s))
         size = len(header) + len(image) + ENTRY_OVERHEAD_BYTES
@@ -64,13 +75,22 @@ class RedisFrameQueue:
         return Admitted(Admission(reply[0].decode()), reply[1] if len(reply) > 1 else None)
 
     async def read_replies(self, model: str, reply_to: str, after: str, *, block_ms: int) -> tuple[str, list[bytes]]:
-        """Outcomes after this place."""
+        """Outcomes after this place; those before it go in the same round trip, once they are many bytes."""
         key = f"{prefix(model)}replies:{reply_to}"
-        reply = await self._connection.command("XREAD", "COUNT", 64, "BLOCK", block_ms, "STREAMS", key, after)
-        entries = entries_of(reply)
+        commands: list[tuple[Any, ...]] = [("XREAD", "COUNT", 64, "BLOCK", block_ms, "STREAMS", key, after)]
+        if after != "0" and self._read_bytes.get(key, 0) >= REPLIES_READ_BYTES:
+            milliseconds, number = after.split("-")
+            commands.insert(0, ("XTRIM", key, "MINID", f"{milliseconds}-{int(number) + 1}"))
+        with translated():
+            results = raise_errors(await self._connection.commands(commands))
+        if len(commands) > 1:
+            self._read_bytes[key] = 0
+        entries = entries_of(results[-1])
         if not entries:
             return after, []
-        return entries[-1][0].decode(), [fields_of(fields)[b"o"] for _, fields in entries]
+        replies = [fields_of(fields)[b"o"] for _, fields in entries]
+        self._read_bytes[key] = self._read_bytes.get(key, 0) + sum(map(len, replies))
+        return entries[-1][0].decode(), replies
 
     async def depth(self, model: str) -> Depth:
         """How full it is."""
@@ -149,6 +169,7 @@ class RedisFrameSource:
         """Outcome, reply and acknowledgement in one step."""
         start = prefix(self._model)
         arguments: list[Any] = [start, self._dedup_window_s, SHADOW_VERDICTS_AT_MOST]
+        arguments += [REPLIES_BYTES_AT_MOST, REPLIES_KEPT_S]
         for emission in emissions:
             reply = b"" if emission.reply == emission.outcome else emission.reply
             arguments += [emission.entry_id, emission.frame_id, emission.outcome, reply, emission.dead_reason]
