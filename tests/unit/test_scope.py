@@ -68,6 +68,7 @@ CALLS: dict[str, Any] = {
     "Promote": lambda model: storage_pb2.PromoteRequest(model=model),
     "StartComparison": lambda model: storage_pb2.StartComparisonRequest(model=model),
     "StopComparison": lambda model: storage_pb2.StopComparisonRequest(model=model),
+    "ListRoutes": lambda model: storage_pb2.ListRoutesRequest(model=model),
 }
 SERVICES = storage_pb2.DESCRIPTOR.services_by_name
 METHODS = [(name, method.name) for name, service in SERVICES.items() for method in service.methods]
