@@ -63,6 +63,7 @@ class World:
         broken: Problems of a version's workers, by version.
         away: Parts that do not answer: "registry", "routing", "shadow", "cluster".
         cut_after: The operator is killed after so many actions.
+        report: The comparison under way, or the last one, as it was last asked for.
     """
 
     published: list[int] = field(default_factory=lambda: [1])
@@ -82,6 +83,7 @@ class World:
     actions: int = 0
     cut_after: int | None = None
     routes_seen: list[str] = field(default_factory=list)
+    report: Report | None = None
 
     def __post_init__(self) -> None:
         self.streams = MemoryStreams()
@@ -246,9 +248,7 @@ class _Reports:
     async def report(self, _: str) -> Report | None:
         self.world.check("shadow")
         route = await self.world.streams.routing.get(MODEL)
-        if route is None or route.candidate is None:
-            return None
-        numbers = self.world.verdicts.get(route.candidate.version, GOOD)
-        if numbers is None:
-            return None
-        return Report(route.live.digest, route.candidate.digest, numbers, 3600.0)
+        if route is not None and route.candidate is not None:
+            numbers = self.world.verdicts.get(route.candidate.version, GOOD)
+            self.world.report = Report(str(route.comparison), numbers, 3600.0) if numbers else None
+        return self.world.report

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vigil_common.errors import Unavailable
 from vigil_operator.observed import Description, Problem
 from vigil_operator.phases import TRANSITIONS, Event, NotAllowed, Phase, after
 from vigil_operator.plan import RESYNC_S
 
 from tests.support.rollout import BAD, FEW, GOOD, MODEL, Cut, World, digest_of, spec_of
+
+if TYPE_CHECKING:
+    from vigil_common.evidence import ReportNumbers
 
 MANUAL = {"rollout": {"approval": "Manual"}}
 
@@ -34,6 +38,11 @@ async def shadowing(**more: Any) -> World:
     await world.settle()
     assert world.status.phase is Phase.SHADOWING
     return world
+
+
+async def refused(*_: Any, **__: Any) -> Any:
+    """Nothing is written."""
+    raise Unavailable("ROUTING_UNAVAILABLE", "routing takes nothing")
 
 
 # --- the way of a version
@@ -88,6 +97,48 @@ async def test_a_version_whose_gates_fail_never_becomes_live() -> None:
     assert (await world.route()).candidate is None  # type: ignore[union-attr]
     await world.settle(1000)
     assert world.status.phase is Phase.FAILED, "it is not tried again by itself"
+
+
+@pytest.mark.parametrize("verdict", [GOOD, BAD])
+async def test_an_earlier_comparison_of_the_same_pair_decides_nothing(verdict: ReportNumbers) -> None:
+    world = await live_v1()
+    world.apply(spec_of(2))
+    await world.settle()
+    world.ask("rollback")
+    await world.settle(1)
+    assert world.report is not None
+    world.report = replace(world.report, numbers=verdict)
+    world.verdicts[2] = FEW
+    world.ask("retry")
+    write, world.streams.routing.write = world.streams.routing.write, refused  # type: ignore[method-assign]
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.SHADOWING, 1)
+    assert world.status.shadow is None
+    world.streams.routing.write = write  # type: ignore[method-assign]
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.SHADOWING, 1)
+    assert world.status.shadow is not None
+    assert world.status.shadow.frames == FEW.frames
+
+
+async def test_another_threshold_begins_another_comparison_and_what_was_compared_before_decides_nothing() -> None:
+    world = await shadowing(**MANUAL)
+    world.verdicts[2] = GOOD
+    await world.settle(1)
+    assert world.status.phase is Phase.AWAITING_APPROVAL
+    world.verdicts[2] = FEW
+    world.apply(spec_of(2, **MANUAL, threshold=0.9))
+    write, world.streams.routing.write = world.streams.routing.write, refused  # type: ignore[method-assign]
+    await world.settle(100_000)
+    assert (world.status.phase, world.status.shadow) == (Phase.SHADOWING, None)
+    world.ask("promote", digest_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.SHADOWING, 1)
+    assert "gates have not passed" in world.status.last_request_refused
+    world.streams.routing.write = write  # type: ignore[method-assign]
+    world.verdicts[2] = GOOD
+    await world.settle(1)
+    assert world.status.phase is Phase.AWAITING_APPROVAL
 
 
 async def test_too_little_evidence_holds_after_the_timeout_and_never_passes() -> None:

@@ -141,12 +141,14 @@ class RouteSeen:
         candidate: What is compared with it.
         kept_fraction: Which part of the normal frames is stored, where the model has its own say.
         ours: Whether it says that this resource decides, so that nobody else writes it.
+        comparison: Which comparison is under way, which no wish names.
     """
 
     live: Live | None
     candidate: Candidate | None = None
     kept_fraction: float | None = None
     ours: bool = True
+    comparison: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +156,12 @@ class Report:
     """The comparison of two versions.
 
     Attributes:
-        live: Digest of the live version.
-        candidate: Digest of the candidate.
+        run: The comparison's number.
         numbers: What was counted.
         compared_s: For how long.
     """
 
-    live: str
-    candidate: str
+    run: str
     numbers: ReportNumbers
     compared_s: float
 
@@ -174,7 +174,7 @@ class Observed:
         versions: What is published of its model; None where the registry could not be asked yet.
         route: The routing table's record.
         workloads: Workers by digest; None where they could not be listed.
-        report: The comparison under way, where there is one and it could be asked.
+        report: The comparison under way, or the last one, where there is one and it could be asked.
         taken_by: An older resource for the same model, which has it.
         away: Which part could not be reached, and why.
     """

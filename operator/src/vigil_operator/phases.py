@@ -51,6 +51,8 @@ class Event(enum.Enum):
     GATES_PASSED = "gates passed"
     GATES_PASSED_FOR_APPROVAL = "gates passed, approval needed"
     TIMED_OUT = "timed out"
+    # Something changed that makes what was compared so far worth nothing.
+    COMPARED_ANEW = "compared anew"
     # A person promotes a candidate whose gates passed.
     APPROVED = "approved"
     # A person promotes a candidate though its gates have not passed.
@@ -78,6 +80,7 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     **{(phase, E.GATES_PASSED): P.PROMOTING for phase in (P.SHADOWING, P.AWAITING_APPROVAL)},
     (P.SHADOWING, E.GATES_PASSED_FOR_APPROVAL): P.AWAITING_APPROVAL,
     (P.SHADOWING, E.TIMED_OUT): P.HELD,
+    **{(phase, E.COMPARED_ANEW): P.SHADOWING for phase in (P.SHADOWING, P.AWAITING_APPROVAL)},
     (P.AWAITING_APPROVAL, E.APPROVED): P.PROMOTING,
     (P.HELD, E.APPROVED): P.PROMOTING,
     **{(phase, E.FORCED): P.PROMOTING for phase in _COMPARING},

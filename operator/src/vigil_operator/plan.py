@@ -54,6 +54,7 @@ SHADOW_STATUS_S = 5.0
 BY_A_PERSON = "by a person"
 
 _LOADING = "its workers load and prove the bundle"
+_NOTHING_COMPARED = "no frame compared yet"
 _REQUEST_HELP = "write promote, force-promote, abort, rollback or retry, then a digest or -, then an id"
 _WITH_SHADOW = frozenset({Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.HELD})
 _UNDER_WAY = frozenset({Phase.VERIFYING, Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.PROMOTING, Phase.ROLLING_BACK})
@@ -253,7 +254,19 @@ class _Draft:
             self.events.append(Emit("ThresholdChanged", f"version {live.version} now decides at {_threshold(asked)}"))
         if candidate is not None and candidate.threshold != asked:
             self.change(candidate=candidate.model_copy(update={"threshold": asked}))
+        if changed:
+            self._compare_anew(f"both versions decide at {_threshold(asked)} by now")
         self.change(spec_threshold=asked)
+
+    def _compare_anew(self, why: str) -> None:
+        """What was counted before says nothing of what is compared now."""
+        candidate = self.status.candidate
+        if candidate is None or candidate.shadowing_since is None:
+            return
+        fresh = candidate.model_copy(update={"shadowing_since": self.now, "message": _NOTHING_COMPARED})
+        self.change(candidate=fresh, shadow=None)
+        if self.status.phase in (Phase.SHADOWING, Phase.AWAITING_APPROVAL):
+            self.go(Event.COMPARED_ANEW, "Shadowing", f"version {candidate.version} is compared anew: {why}")
 
     # --- what people ask for
 
@@ -456,12 +469,12 @@ class _Draft:
             why = "nothing was live" if self.status.live is None else "the strategy is Immediate"
             self.promote(Event.VERIFIED_ALONE, candidate, why)
             return
-        update = {"shadowing_since": self.now, "message": "no frame compared yet"}
+        update = {"shadowing_since": self.now, "message": _NOTHING_COMPARED}
         message = f"version {candidate.version} judges the frames of version {self.status.live.version}"
         self.go(Event.VERIFIED, "Shadowing", message, candidate=candidate.model_copy(update=update))
 
     def _compare(self, candidate: CandidateStatus) -> None:
-        decision = self._decision(candidate)
+        decision = self._decision()
         phase, rollout = self.status.phase, self.spec.rollout
         if decision is not None and decision.overall is Outcome.FAIL:
             self.fail(candidate, "GateFailed", decision.reason)
@@ -494,10 +507,13 @@ class _Draft:
         shadow = self.status.shadow
         return not quiet or shadow is None or shadow.at == self.now or not (old and old.message)
 
-    def _decision(self, candidate: CandidateStatus) -> Decision | None:
+    def _decision(self) -> Decision | None:
         """What the gates say of the comparison, which goes into the status."""
-        report, live = self.seen.report, self.status.live
-        if report is None or live is None or (report.live, report.candidate) != (live.digest, candidate.digest):
+        report, seen, wanted = self.seen.report, self.seen.route, self.route()
+        # Until the route says what is compared, thresholds too, the report is of an earlier comparison.
+        if seen is None or wanted is None or (seen.live, seen.candidate) != (wanted.live, wanted.candidate):
+            return None
+        if report is None or report.run != str(seen.comparison):
             return None
         numbers = report.numbers
         decision = decide(gates_of(self.spec.rollout.gates), numbers, report.compared_s)

@@ -229,7 +229,8 @@ class Reconciler:
             kept = await self._routing.kept_fraction(source.model)
             route = RouteSeen(None, None, kept)
             if record is not None:
-                route = RouteSeen(record.live, record.candidate, kept, ours=record.managed_by == resource.full_name)
+                ours = record.managed_by == resource.full_name
+                route = RouteSeen(record.live, record.candidate, kept, ours, record.comparison)
         except Unavailable as error:
             away["Routing"] = error.message
         candidate = status.candidate
