@@ -340,6 +340,87 @@ async def test_a_failed_version_is_tried_again_on_request() -> None:
     assert (world.status.phase, await world.live()) == (Phase.LIVE, 2)
 
 
+@pytest.mark.parametrize("between", [1, 9])
+async def test_a_failed_version_that_is_asked_for_again_says_so_and_what_to_do(between: int) -> None:
+    world = await shadowing()
+    world.verdicts[2] = BAD
+    await world.settle(1)
+    failure = world.status.last_failure
+    world.apply(spec_of(between))
+    await world.settle(1)
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.FAILED, 1)
+    assert world.status.last_failure == failure
+    assert world.condition("Promoted") == ("False", "GateFailed")
+    said = world.events[-1]
+    assert (said.reason, said.warning) == ("GateFailed", True)
+    assert "`kubectl vigil resume` tries it again" in said.message
+    told = len(world.events)
+    await world.settle(1000)
+    assert len(world.events) == told, "once"
+
+
+async def test_a_version_that_a_person_turned_down_is_held_when_it_is_asked_for_again() -> None:
+    world = await shadowing()
+    world.ask("abort", digest_of(2))
+    await world.settle(1)
+    world.published = [1, 2, 3]
+    world.verdicts[3] = BAD
+    world.apply(spec_of(3))
+    await world.settle(1)
+    assert world.condition("Promoted") == ("False", "GateFailed")
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.HELD, 1)
+    assert world.status.last_failure is not None
+    assert (world.status.last_failure.version, world.status.last_failure.reason) == (2, "Aborted")
+    assert world.condition("Promoted") == ("False", "Aborted")
+    assert (world.events[-1].reason, "resume" in world.events[-1].message) == ("Aborted", True)
+
+
+async def test_a_candidate_goes_where_a_version_is_asked_for_that_was_turned_down() -> None:
+    world = await shadowing()
+    world.verdicts[2] = BAD
+    await world.settle(1)
+    world.published = [1, 2, 3]
+    world.verdicts[3] = FEW
+    world.apply(spec_of(3))
+    await world.settle(1)
+    assert world.status.phase is Phase.SHADOWING
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, world.status.candidate) == (Phase.FAILED, None)
+    assert set(world.workers) == {digest_of(1)}
+
+
+async def test_without_the_registry_nothing_is_taken_for_the_latest() -> None:
+    world = await live_v1()
+    world.apply(spec_of("latest"))
+    await world.settle()
+    world.ask("rollback", digest_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.HELD, 1)
+    world.away = {"registry"}
+    world.restart()
+    await world.settle(1)
+    assert world.status.phase is Phase.HELD
+    assert world.condition("Promoted") == ("Unknown", "RegistryUnavailable")
+    world.away = set()
+    await world.settle(1)
+    assert (world.status.phase, world.condition("Promoted")) == (Phase.HELD, ("False", "RolledBack"))
+
+
+async def test_what_is_live_as_the_latest_stays_so_while_the_registry_is_away() -> None:
+    world = World(spec=spec_of("latest"))
+    await world.settle()
+    world.away = {"registry"}
+    world.apply(spec_of("latest", threshold=0.7))
+    await world.settle(1)
+    assert (await world.route()).live.threshold == 0.7  # type: ignore[union-attr]
+    assert (world.status.phase, world.condition("Promoted")) == (Phase.LIVE, ("True", "Promoted"))
+
+
 @pytest.mark.parametrize("part", ["registry", "routing", "shadow", "cluster"])
 async def test_while_a_part_is_away_live_stays_and_the_rollout_goes_on_afterwards(part: str) -> None:
     world = await live_v1()

@@ -55,10 +55,12 @@ BY_A_PERSON = "by a person"
 
 _LOADING = "its workers load and prove the bundle"
 _NOTHING_COMPARED = "no frame compared yet"
+_TRY_AGAIN = "`kubectl vigil resume` tries it again"
 _REQUEST_HELP = "write promote, force-promote, abort, rollback or retry, then a digest or -, then an id"
 _WITH_SHADOW = frozenset({Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.HELD})
 _UNDER_WAY = frozenset({Phase.VERIFYING, Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.PROMOTING, Phase.ROLLING_BACK})
 _NOT_INTERRUPTED = frozenset({Phase.PROMOTING, Phase.ROLLING_BACK})
+_ABOUT_ANOTHER_VERSION = frozenset({Event.CANDIDATE_CHOSEN, Event.FAILED_BEFORE, Event.REFUSED_BEFORE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +179,9 @@ class _Draft:
         self.status = self.status.model_copy(update=fields)
 
     def go(self, event: Event, reason: str, message: str, *, warning: bool = False, **fields: Any) -> None:
-        """Into the phase that follows, and tell people where it is another one."""
+        """Into the phase that follows, and tell people where it or the version is another one."""
         phase = after(self.status.phase, event)
-        if phase is not self.status.phase or event is Event.CANDIDATE_CHOSEN:
+        if phase is not self.status.phase or event in _ABOUT_ANOTHER_VERSION:
             self.events.append(Emit(reason, message, warning))
         self.change(phase=phase, **fields)
 
@@ -202,12 +204,22 @@ class _Draft:
     def workers(self, digest: str) -> Workload | None:
         return (self.seen.workloads or {}).get(digest)
 
-    def turned_down(self, target: Published) -> bool:
-        """Whether this version has failed already, as it is asked for now."""
+    def turned_down(self, target: Published) -> Failure | None:
+        """Why this version, as it is asked for now, is not tried again; None where it may be."""
         failure = self.status.last_failure
         if failure is not None and failure.digest == target.digest:
-            return failure.attempt in (BY_A_PERSON, self.resource.attempt)
-        return self._refused_by_a_person(target) is not None
+            return failure if failure.attempt in (BY_A_PERSON, self.resource.attempt) else None
+        refused = self._refused_by_a_person(target)
+        if refused is None:
+            return None
+        return Failure(
+            reason=refused.outcome,
+            message=refused.message,
+            version=target.version,
+            digest=target.digest,
+            at=refused.at,
+            attempt=BY_A_PERSON,
+        )
 
     def _refused_by_a_person(self, target: Published) -> HistoryEntry | None:
         """That a person turned it down, though another version has failed since; a promotion makes a new start."""
@@ -234,7 +246,10 @@ class _Draft:
         """The version asked for; None where it is unknown. Without the registry, what may still be meant."""
         if self.seen.versions is not None:
             return resolve(self.spec.source, self.seen.versions)
-        for known in (self.status.candidate, self.status.live):
+        # After a rollback, say, what is live is not the latest; only once it was, it may still be.
+        known_as_latest = self.status.phase is Phase.LIVE
+        live = self.status.live if known_as_latest or self.spec.source.version != LATEST else None
+        for known in (self.status.candidate, live):
             if known is not None and may_be(self.spec.source, known.version, known.digest):
                 return Published(known.version, known.digest)
         return None
@@ -348,15 +363,10 @@ class _Draft:
         return ""
 
     def _retry(self, target: Published | None) -> str:
-        if target is None or not self.turned_down(target):
+        failure = self.turned_down(target) if target is not None else None
+        if failure is None:
             return "nothing has failed"
-        failure = self.status.last_failure
-        refused = self._refused_by_a_person(target)
-        if refused is not None and (failure is None or failure.digest != target.digest):
-            version = VersionStatus(version=target.version, digest=target.digest, since=self.now)
-            failure = self.failure(version, refused.outcome, refused.message, "")
-        if failure is not None:
-            self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
+        self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
         return ""
 
     # --- the rollout
@@ -400,7 +410,9 @@ class _Draft:
             self._settle(target)
         elif status.candidate is not None and status.candidate.digest == target.digest:
             return False
-        elif not self.turned_down(target):
+        elif (failure := self.turned_down(target)) is not None:
+            self._stay(failure)
+        else:
             self._begin(target)
         return True
 
@@ -411,6 +423,16 @@ class _Draft:
             self.go(Event.TARGET_IS_LIVE, "Live", f"version {target.version} is live")
             if self.status.last_failure is not None and self.status.last_failure.digest == target.digest:
                 self.change(last_failure=None)
+
+    def _stay(self, failure: Failure) -> None:
+        """What is asked for was turned down before, and is not tried again by itself."""
+        told = self.status.last_failure == failure and self.status.phase in (Phase.FAILED, Phase.HELD)
+        if told and self.status.candidate is None:
+            return
+        self._withdraw(f"version {failure.version} is asked for")
+        event = Event.REFUSED_BEFORE if failure.attempt == BY_A_PERSON else Event.FAILED_BEFORE
+        message = f"version {failure.version} was turned down before: {failure.message}; {_TRY_AGAIN}"
+        self.go(event, failure.reason, message, warning=True, last_failure=failure)
 
     def _begin(self, target: Published) -> None:
         """A new candidate, in place of another."""
@@ -733,7 +755,7 @@ class _Draft:
             return False, failure.reason, failure.message
         refused = self._refused_by_a_person(target)
         if refused is not None and self.turned_down(target):
-            return False, refused.outcome, f"{refused.message}; `kubectl vigil resume` tries it again"
+            return False, refused.outcome, f"{refused.message}; {_TRY_AGAIN}"
         return False, phase.value, f"version {target.version} is asked for"
 
     def _synced(self, target: Published | None) -> _Said:
