@@ -106,6 +106,7 @@ class Node:
                 "name": f"{metadata['name']}-0",
                 "namespace": metadata["namespace"],
                 "labels": deployment["spec"]["template"]["metadata"]["labels"],
+                "annotations": deployment["spec"]["template"]["metadata"]["annotations"],
             },
         }
         spec = {"containers": [{"name": "inference", "image": "x"}]}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vigil_common.streams.ports import Route
     from vigil_operator.plan import Emit
-    from vigil_operator.spec import Source
+    from vigil_operator.spec import Numerics, Source
 
 MODEL = "cells"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -78,6 +78,7 @@ class World:
     request: str = ""
     status: Status = field(default_factory=Status)
     workers: dict[str, int] = field(default_factory=dict)
+    numerics: dict[str, Numerics] = field(default_factory=dict)
     live_service: str | None = None
     events: list[Emit] = field(default_factory=list)
     actions: int = 0
@@ -171,7 +172,7 @@ class _Workers:
         problem = self.world.broken.get(version)
         if problem is not None:
             return Workload(digest, 1, 0, problems=(problem,))
-        said = self.world.loaded.get(version, Description("worker", digest, 0))
+        said = self.world.loaded.get(version, Description("worker", digest, 0, str(self.world.numerics[digest])))
         return Workload(digest, 1, 1, described=(said,) if describe == digest else ())
 
     async def ensure_model(self, _: Resource, live: str | None) -> None:
@@ -180,11 +181,12 @@ class _Workers:
             self.world.act()
             self.world.live_service = live
 
-    async def ensure(self, _: Resource, version: int, digest: str) -> None:
-        if digest not in self.world.workers:
+    async def ensure(self, _: Resource, version: int, digest: str, numerics: Numerics) -> None:
+        if digest not in self.world.workers or self.world.numerics[digest] != numerics:
             self.world.check("cluster")
             self.world.act()
             self.world.workers[digest] = version
+            self.world.numerics[digest] = numerics
 
     async def remove(self, _: Resource, digest: str) -> None:
         self.world.check("cluster")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vigil_common.evidence import ReportNumbers
 
 MANUAL = {"rollout": {"approval": "Manual"}}
+BF16 = {"runtime": {"precision": "bf16"}}
 
 
 async def live_v1(**more: Any) -> World:
@@ -645,6 +646,61 @@ async def test_a_threshold_applies_to_what_runs_but_not_before_a_version_it_came
     assert world.status.phase is Phase.SHADOWING
 
 
+async def test_another_precision_that_comes_with_a_version_is_that_versions_until_it_is_promoted() -> None:
+    world = await live_v1()
+    world.verdicts[2] = FEW
+    world.apply(spec_of(2, **BF16))
+    await world.settle()
+    assert world.status.phase is Phase.SHADOWING
+    assert (str(world.numerics[digest_of(1)]), str(world.numerics[digest_of(2)])) == ("auto/f32", "auto/bf16")
+    world.verdicts[2] = GOOD
+    await world.settle(1)
+    assert await world.live() == 2
+    assert str(world.numerics[digest_of(2)]) == "auto/bf16"
+    world.ask("rollback")
+    await world.settle(1)
+    assert (await world.live(), str(world.numerics[digest_of(1)])) == (1, "auto/f32")
+
+
+async def test_another_precision_of_the_candidate_is_proven_and_compared_from_the_start() -> None:
+    world = await shadowing()
+    before = await world.route()
+    assert before is not None
+    world.apply(spec_of(2, **BF16))
+    world.loaded[2] = Description("of before", digest_of(2), 0, "auto/f32")
+    await world.settle(1)
+    assert world.status.phase is Phase.VERIFYING, "pods of before prove nothing"
+    world.loaded.clear()
+    await world.settle(1)
+    after_it = await world.route()
+    assert after_it is not None
+    assert (world.status.phase, after_it.comparison > before.comparison) == (Phase.SHADOWING, True)
+    assert (str(world.numerics[digest_of(1)]), str(world.numerics[digest_of(2)])) == ("auto/f32", "auto/bf16")
+
+
+async def test_a_pair_is_not_compared_again_before_its_last_comparison_has_ended() -> None:
+    world = await shadowing()
+    before = await world.route()
+    assert before is not None
+    write, world.streams.routing.write = world.streams.routing.write, refused  # type: ignore[method-assign]
+    world.apply(spec_of(2, **BF16))
+    await world.settle(1)
+    assert world.status.phase is Phase.VERIFYING
+    world.streams.routing.write = write  # type: ignore[method-assign]
+    await world.settle(1)
+    after_it = await world.route()
+    assert after_it is not None
+    assert (world.status.phase, after_it.comparison > before.comparison) == (Phase.SHADOWING, True)
+
+
+async def test_another_precision_by_itself_is_for_the_live_version() -> None:
+    world = await live_v1()
+    world.apply(spec_of(1, **BF16))
+    await world.settle(1)
+    assert (world.status.phase, str(world.numerics[digest_of(1)])) == (Phase.LIVE, "auto/bf16")
+    assert world.events[-1].reason == "RuntimeChanged"
+
+
 async def test_asking_for_the_live_version_again_withdraws_the_candidate() -> None:
     world = await shadowing()
     world.apply(spec_of(1))
@@ -659,6 +715,7 @@ async def test_asking_for_the_live_version_again_withdraws_the_candidate() -> No
 SCENARIOS: dict[str, Any] = {
     "first": lambda _: None,
     "promotion": lambda world: world.apply(spec_of(2)),
+    "with another precision": lambda world: world.apply(spec_of(2, **BF16)),
     "gates failed": lambda world: (world.verdicts.update({2: BAD}), world.apply(spec_of(2))),
     "rollback": lambda world: (world.apply(spec_of(2)), "rollback"),
 }
@@ -720,7 +777,7 @@ def test_a_way_that_is_not_in_the_table_is_refused() -> None:
 
 
 happenings = st.one_of(
-    st.tuples(st.just("apply"), st.sampled_from([1, 2, 3, 9, "latest"]), st.sampled_from([{}, MANUAL])),
+    st.tuples(st.just("apply"), st.sampled_from([1, 2, 3, 9, "latest"]), st.sampled_from([{}, MANUAL, BF16])),
     st.tuples(st.just("suspend"), st.booleans(), st.none()),
     st.tuples(st.just("threshold"), st.sampled_from([None, 0.3, 0.7]), st.none()),
     st.tuples(st.just("publish"), st.integers(1, 4), st.none()),

@@ -106,11 +106,13 @@ class Description:
         worker: Which one.
         digest: Of the bundle it has loaded.
         parity_failed: Parity samples that came out otherwise.
+        numerics: How it was started to run the bundle; None where that can't be told.
     """
 
     worker: str
     digest: str
     parity_failed: int
+    numerics: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

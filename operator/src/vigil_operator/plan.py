@@ -44,7 +44,7 @@ from vigil_operator.status import (
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from vigil_operator.spec import Gates
+    from vigil_operator.spec import Gates, Numerics
 
 # How soon to look again, seconds.
 SOON_S, POLL_S, RESYNC_S = 0.2, 1.0, 60.0
@@ -72,10 +72,11 @@ class WriteStatus:
 
 @dataclass(frozen=True, slots=True)
 class EnsureWorkers:
-    """Let there be workers of this version, as the spec says."""
+    """Let there be workers of this version, as the spec says, but with numerics of its own."""
 
     version: int
     digest: str
+    numerics: Numerics
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ def plan(resource: Resource, status: Status, seen: Observed, now: datetime) -> P
     draft.answer(target)
     draft.step(target)
     draft.follow_threshold(target)
+    draft.follow_numerics(target)
     draft.count_workers()
     draft.explain(target)
     effects = draft.effects()
@@ -238,7 +240,13 @@ class _Draft:
         if self.status.live is not None or seen is None or self.seen.versions is None:
             return
         if any(found.digest == seen.digest for found in self.seen.versions):
-            live = VersionStatus(version=seen.version, digest=seen.digest, threshold=seen.threshold, since=self.now)
+            live = VersionStatus(
+                version=seen.version,
+                digest=seen.digest,
+                threshold=seen.threshold,
+                numerics=self.spec.runtime.numerics,
+                since=self.now,
+            )
             self.change(live=live)
             self.events.append(Emit("Adopted", f"version {seen.version} is live already and stays so"))
 
@@ -272,6 +280,24 @@ class _Draft:
         if changed:
             self._compare_anew(f"both versions decide at {_threshold(asked)} by now")
         self.change(spec_threshold=asked)
+
+    def follow_numerics(self, target: Published | None) -> None:
+        """Changed numerics are for the live version where that is asked for; with another one they are that one's."""
+        asked = self.spec.runtime.numerics
+        for name in ("live", "candidate", "previous"):
+            version: VersionStatus | None = getattr(self.status, name)
+            # As an older operator wrote it.
+            if version is not None and version.numerics is None:
+                self.change(**{name: version.model_copy(update={"numerics": asked})})
+        live = self.status.live
+        if live is None or target is None or self.status.phase in _NOT_INTERRUPTED:
+            return
+        if live.digest == target.digest and live.numerics != asked:
+            self.change(live=live.model_copy(update={"numerics": asked}))
+            self.events.append(Emit("RuntimeChanged", f"version {live.version} now runs as {asked}"))
+
+    def _numerics(self, version: VersionStatus) -> Numerics:
+        return version.numerics or self.spec.runtime.numerics
 
     def _compare_anew(self, why: str) -> None:
         """What was counted before says nothing of what is compared now."""
@@ -409,7 +435,9 @@ class _Draft:
         elif status.live is not None and status.live.digest == target.digest:
             self._settle(target)
         elif status.candidate is not None and status.candidate.digest == target.digest:
-            return False
+            if self._numerics(status.candidate) == self.spec.runtime.numerics:
+                return False
+            self._begin(target)
         elif (failure := self.turned_down(target)) is not None:
             self._stay(failure)
         else:
@@ -441,6 +469,7 @@ class _Draft:
             version=target.version,
             digest=target.digest,
             threshold=self.spec.threshold,
+            numerics=self.spec.runtime.numerics,
             since=self.now,
             message=_LOADING,
         )
@@ -473,7 +502,10 @@ class _Draft:
             if worker.parity_failed:
                 self.fail(candidate, "ParityFailed", f"{worker.parity_failed} parity samples differ on {worker.worker}")
                 return
-        if workers and workers.ready >= workers.desired and len(workers.described) >= workers.ready > 0:
+        # While its pods are replaced by such with other numerics, those of before are ready, too.
+        wanted = str(self._numerics(candidate))
+        proven = sum(worker.numerics == wanted for worker in workers.described) if workers else 0
+        if workers and workers.ready >= workers.desired and proven >= workers.ready > 0 and self._nothing_compared():
             self._verified(candidate)
             return
         problem = next(iter(workers.problems), None) if workers else None
@@ -485,6 +517,11 @@ class _Draft:
             self.fail(candidate, reason, f"not ready within {self.spec.rollout.verify_timeout}: {message}")
         elif message != candidate.message:
             self.change(candidate=candidate.model_copy(update={"message": message}))
+
+    def _nothing_compared(self) -> bool:
+        """Whether the next comparison will be another one than the last, though it may be of the same pair."""
+        route = self.seen.route
+        return self.status.live is None or (route is not None and route.candidate is None)
 
     def _verified(self, candidate: CandidateStatus) -> None:
         if self.status.live is None or self.spec.rollout.strategy == "Immediate":
@@ -630,11 +667,12 @@ class _Draft:
     def _kept(self) -> dict[str, VersionStatus]:
         """Versions that have workers."""
         status = self.status
-        kept = [status.live, status.candidate]
+        kept: list[VersionStatus | None] = [status.live, status.candidate]
         if status.previous is not None:
             warm = self.now < status.previous.warm_until
             if warm or status.phase in _NOT_INTERRUPTED:
-                kept.append(status.previous)
+                # First, for it may be the candidate as well.
+                kept.insert(0, status.previous)
         return {version.digest: version for version in kept if version is not None}
 
     def route(self) -> RouteSeen | None:
@@ -654,7 +692,9 @@ class _Draft:
         kept = self._kept()
         live = self.status.live
         actions: list[Action] = [EnsureModel(live.digest if live else None)] if kept else []
-        actions += [EnsureWorkers(version.version, version.digest) for version in kept.values()]
+        actions += [
+            EnsureWorkers(version.version, version.digest, self._numerics(version)) for version in kept.values()
+        ]
         route = self.route()
         seen = self.seen.route
         if route is not None and route.live is not None and seen is not None:

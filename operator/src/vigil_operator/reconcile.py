@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vigil_common.streams.ports import RoutingTable
 
     from vigil_operator.observed import Published, Report, Resource, Workload
-    from vigil_operator.spec import Source
+    from vigil_operator.spec import Numerics, Source
     from vigil_operator.status import Status
 
 # Steps at once: a whole rollout has fewer, so more is a plan that never comes to rest.
@@ -54,7 +54,7 @@ class Workers(Protocol):
         """Let there be what a model has once."""
         ...
 
-    async def ensure(self, resource: Resource, version: int, digest: str) -> None:
+    async def ensure(self, resource: Resource, version: int, digest: str, numerics: Numerics) -> None:
         """Let there be workers of a version; cheap where there are."""
         ...
 
@@ -202,8 +202,8 @@ class Reconciler:
                 await self._notes.write_status(resource, status)
             case EnsureModel(live):
                 await self._workers.ensure_model(resource, live)
-            case EnsureWorkers(version, digest):
-                await self._workers.ensure(resource, version, digest)
+            case EnsureWorkers(version, digest, numerics):
+                await self._workers.ensure(resource, version, digest, numerics)
             case RemoveWorkers(digest):
                 await self._workers.remove(resource, digest)
             case WriteRoute(live, candidate):

@@ -19,6 +19,7 @@ from vigil_operator.render import (
     GRPC_PORT,
     MANAGER,
     MODEL_LABEL,
+    NUMERICS_ANNOTATION,
     Manifest,
     WorkerSettings,
     build_model,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from vigil_operator.cluster import Api
     from vigil_operator.observed import Resource
+    from vigil_operator.spec import Numerics
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER},{MODEL_LABEL}"
 # Kinds that are not watched are applied again this often, seconds.
@@ -170,7 +172,8 @@ class KubernetesWorkers:
             said = await describe(f"{address}:{GRPC_PORT}", name, self._security, server_name(resource))
             if said is None:
                 return None
-            self._described[key] = said
+            numerics = pod["metadata"].get("annotations", {}).get(NUMERICS_ANNOTATION)
+            self._described[key] = replace(said, numerics=numerics)
         return self._described[key]
 
     def forget_pod(self, pod: Manifest) -> None:
@@ -184,9 +187,9 @@ class KubernetesWorkers:
         for manifest in build_model(resource, self._settings, live):
             await self._ensure(resource, manifest)
 
-    async def ensure(self, resource: Resource, version: int, digest: str) -> None:
+    async def ensure(self, resource: Resource, version: int, digest: str, numerics: Numerics) -> None:
         """Apply what a version has, where it is not there as it should be."""
-        manifests = build_workers(resource, self._settings, version, digest)
+        manifests = build_workers(resource, self._settings, version, digest, numerics)
         for manifest in manifests:
             await self._ensure(resource, manifest)
         kept = {manifest["kind"] for manifest in manifests}
