@@ -194,15 +194,21 @@ def _ended(**terminated: Any) -> dict[str, Any]:
     return {"lastState": {"terminated": {"exitCode": 1, **terminated}}, "restartCount": terminated.pop("n", 0)}
 
 
+BACK_OFF = {"waiting": {"reason": "CrashLoopBackOff"}}
+RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+
+
 @pytest.mark.parametrize(
     ("container", "reason", "final"),
     [
         ({"state": {"waiting": {"reason": "ImagePullBackOff"}}}, "ImagePullFailed", False),
         ({"state": {"waiting": {"reason": "CreateContainerConfigError"}}}, "ContainerConfigError", False),
         (_ended(reason="OOMKilled"), "OutOfMemory", False),
-        (_ended(reason="OOMKilled") | {"restartCount": 2}, "OutOfMemory", True),
+        (_ended(reason="OOMKilled") | {"restartCount": 2, "state": BACK_OFF}, "OutOfMemory", True),
         (_ended(reason="Error", message="boom"), "CrashLoop", False),
-        (_ended(reason="Error", message="boom") | {"restartCount": 3}, "CrashLoop", True),
+        (_ended(reason="Error", message="boom") | {"restartCount": 3, "state": BACK_OFF}, "CrashLoop", True),
+        (_ended(reason="Error", message="boom") | {"restartCount": 9, "state": RUNNING}, "CrashLoop", False),
+        (_ended(reason="OOMKilled") | {"restartCount": 9, "state": RUNNING}, "OutOfMemory", False),
         (
             _ended(message='{"event": "failed", "reason": "PARITY_FAILED", "status": "INVALID_ARGUMENT"}'),
             "ParityFailed",
@@ -214,6 +220,11 @@ def _ended(**terminated: Any) -> dict[str, Any]:
 def test_what_is_wrong_is_read_off_a_pod(container: dict[str, Any], reason: str, *, final: bool) -> None:
     (problem,) = problems_of({"status": {}}, [_pod(container)])
     assert (problem.reason, problem.final) == (reason, final)
+
+
+def test_what_a_ready_pod_has_behind_it_is_no_problem() -> None:
+    container = _ended(reason="Error") | {"restartCount": 9, "state": RUNNING, "ready": True}
+    assert problems_of({"status": {}}, [_pod(container)]) == ()
 
 
 def test_pods_that_are_on_their_way_out_do_not_count() -> None:
