@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from vigil_common.errors import Unavailable
+from vigil_common.errors import Conflict, Unavailable
 from vigil_common.evidence import ReportNumbers
 from vigil_common.streams.memory import MemoryStreams
 from vigil_operator.observed import Description, Problem, Published, Report, Request, Resource, Workload
@@ -64,6 +64,7 @@ class World:
         away: Parts that do not answer: "registry", "routing", "shadow", "cluster".
         cut_after: The operator is killed after so many actions.
         report: The comparison under way, or the last one, as it was last asked for.
+        name_taken: Somebody else has made what the model's objects are named.
     """
 
     published: list[int] = field(default_factory=lambda: [1])
@@ -85,6 +86,7 @@ class World:
     cut_after: int | None = None
     routes_seen: list[str] = field(default_factory=list)
     report: Report | None = None
+    name_taken: bool = False
 
     def __post_init__(self) -> None:
         self.streams = MemoryStreams()
@@ -176,6 +178,8 @@ class _Workers:
         return Workload(digest, 1, 1, described=(said,) if describe == digest else ())
 
     async def ensure_model(self, _: Resource, live: str | None) -> None:
+        if self.world.name_taken:
+            raise Conflict("NAME_TAKEN", "Service vigil-solar is there already")
         if self.world.live_service != live:
             self.world.check("cluster")
             self.world.act()

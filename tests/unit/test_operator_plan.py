@@ -446,6 +446,15 @@ async def test_what_is_away_is_named() -> None:
     assert world.condition("Synced") == ("True", "Synced")
 
 
+async def test_a_name_that_is_taken_is_said() -> None:
+    world = World(name_taken=True)
+    await world.settle()
+    assert (world.condition("Synced"), world.workers) == (("False", "NameTaken"), {})
+    world.name_taken = False
+    await world.settle(1)
+    assert world.condition("Synced") == ("True", "Synced")
+
+
 async def test_workers_that_wait_for_a_part_that_is_away_are_not_blamed() -> None:
     world = await live_v1()
     world.broken[2] = Problem("NotReady", "waiting for storage")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from vigil_operator.spec import Source, Spec
 
+# Why nothing can be made for a resource.
+NAME_TAKEN = "NAME_TAKEN"
 # "VERB DIGEST ID", set by `kubectl vigil`; each is dealt with once.
 REQUEST_ANNOTATION = "vigil.dev/request"
 _REQUEST = re.compile(r"^(promote|force-promote|abort|rollback|retry) (sha256:[0-9a-f]{64}|-) (\S{1,64})$")

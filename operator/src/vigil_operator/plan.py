@@ -16,6 +16,7 @@ from vigil_common.evidence import Gates as EvidenceGates
 from vigil_common.streams.ports import Candidate, Live
 
 from vigil_operator.observed import (
+    NAME_TAKEN,
     Observed,
     Published,
     Request,
@@ -803,6 +804,8 @@ class _Draft:
             return False, "ModelTaken", f"{self.seen.taken_by} has model {self.spec.source.model} already"
         if self.seen.away:
             part = next(iter(self.seen.away))
+            if NAME_TAKEN in self.seen.away:
+                return False, "NameTaken", self.seen.away[NAME_TAKEN]
             return False, f"{part}Unavailable", "; ".join(self.seen.away.values())
         if self.seen.versions is not None and target is None:
             return False, "UnknownVersion", self._unknown()

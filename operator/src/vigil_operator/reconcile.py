@@ -13,7 +13,7 @@ from vigil_common.errors import Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
-from vigil_operator.observed import Observed, RouteSeen
+from vigil_operator.observed import NAME_TAKEN, Observed, RouteSeen
 from vigil_operator.phases import Phase
 from vigil_operator.plan import (
     POLL_S,
@@ -29,7 +29,7 @@ from vigil_operator.plan import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from vigil_common.streams.ports import RoutingTable
 
@@ -138,7 +138,7 @@ class Reconciler:
                 made = plan(resource, status, seen, self._clock())
                 trouble = {}
                 for action in made.actions:
-                    trouble |= await self._carry_out(resource, action)
+                    trouble |= await self._carry_out(resource, action, trouble)
                     if trouble and isinstance(action, WriteStatus):
                         # What is not remembered must not be done.
                         return status, POLL_S
@@ -179,8 +179,11 @@ class Reconciler:
         log.error("unsettled", resource=resource.name, namespace=resource.namespace, phase=status.phase.value)
         return status, POLL_S
 
-    async def _carry_out(self, resource: Resource, action: Action) -> dict[str, str]:
-        """Do it; where it fails, the part that it failed by."""
+    async def _carry_out(self, resource: Resource, action: Action, before: Collection[str] = ()) -> dict[str, str]:
+        """Do it after what failed before; where it fails, the part that it failed by."""
+        if NAME_TAKEN in before and isinstance(action, EnsureWorkers):
+            # They would start with somebody else's settings and account.
+            return {}
         part = "Routing" if isinstance(action, WriteRoute | KeepFraction) else "Cluster"
         try:
             await self._do(resource, action)
@@ -193,6 +196,7 @@ class Reconciler:
                 reason=error.reason,
                 detail=error.message,
             )
+            part = NAME_TAKEN if error.reason == NAME_TAKEN else part
             return {} if isinstance(action, Emit) else {part: error.message}
         return {}
 
