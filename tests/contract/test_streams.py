@@ -21,7 +21,7 @@ from tests.support.link import Link
 from tests.support.valkey import ValkeyCluster, ValkeyProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from vigil_common.streams.ports import FrameSource
@@ -405,6 +405,38 @@ async def test_without_a_password_in_its_folder_there_is_none_and_without_the_fo
     server.stop()
     with pytest.raises(InvalidInput, match="VIGIL_REDIS_PASSWORD_FILE"):
         await RedisStreams.connect(server.url, security=SecuritySettings(redis_password_file=file / "no" / "password"))
+
+
+@pytest.mark.parametrize("name", ["valkey", "cluster", "redis"])
+async def test_over_the_servers_memory_a_known_model_still_gets_another_route(
+    name: str, backbones: Callable[[str], str]
+) -> None:
+    streams = await RedisStreams.connect(backbones(name))
+    connection = streams.queue._connection
+    await connection.command("FLUSHALL")
+    live, candidate = Live(1, "sha256:1"), Candidate(2, "sha256:2", 0.4)
+    await streams.routing.write(M, live=live)
+    await connection.client.config_set("maxmemory", 1)
+    try:
+        await streams.routing.keep_fraction(M, 0.5)
+        route = await streams.routing.write(M, live=live, candidate=candidate)
+        assert (await streams.routing.get(M), await streams.routing.kept_fraction(M)) == (route, 0.5)
+        with pytest.raises(Unavailable, match="used memory"):
+            await streams.routing.write("another", live=live)
+        await streams.routing.remove(M)
+        assert await streams.routing.models() == []
+    finally:
+        await connection.client.config_set("maxmemory", 0)
+        await streams.close()
+
+
+async def test_a_route_makes_the_groups_that_nothing_goes_on_without(valkey: ValkeyProcess) -> None:
+    streams = await RedisStreams.connect(valkey.url)
+    await streams.queue._connection.command("FLUSHALL")
+    await streams.routing.write(M, live=Live(1, "sha256:1"))
+    for stream, group in (("frames", "live"), ("verdicts", "storage"), ("comparisons", "storage")):
+        assert group in valkey.ask("XINFO", "GROUPS", f"vigil:{{{M}}}:{stream}")
+    await streams.close()
 
 
 async def test_valkey_killed_keeps_every_admitted_frame_and_works_on(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class Node:
                 "name": f"{metadata['name']}-0",
                 "namespace": metadata["namespace"],
                 "labels": deployment["spec"]["template"]["metadata"]["labels"],
+                "annotations": deployment["spec"]["template"]["metadata"]["annotations"],
             },
         }
         spec = {"containers": [{"name": "inference", "image": "x"}]}
@@ -213,7 +214,7 @@ class Services(storage_pb2_grpc.ModelServiceServicer, shadow_pb2_grpc.ShadowServ
             raise AssertionError("abort raises")
         report = shadow_pb2.Report()
         report.CopyFrom(found)
-        report.live.digest, report.candidate.digest = route.live.digest, route.candidate.digest
+        report.run = str(route.comparison)
         return shadow_pb2.GetReportResponse(report=report)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from vigil_common.errors import Unavailable
+from vigil_common.errors import Conflict, Unavailable
 from vigil_common.evidence import ReportNumbers
 from vigil_common.streams.memory import MemoryStreams
 from vigil_operator.observed import Description, Problem, Published, Report, Request, Resource, Workload
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vigil_common.streams.ports import Route
     from vigil_operator.plan import Emit
-    from vigil_operator.spec import Source
+    from vigil_operator.spec import Numerics, Source
 
 MODEL = "cells"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -63,6 +63,8 @@ class World:
         broken: Problems of a version's workers, by version.
         away: Parts that do not answer: "registry", "routing", "shadow", "cluster".
         cut_after: The operator is killed after so many actions.
+        report: The comparison under way, or the last one, as it was last asked for.
+        name_taken: Somebody else has made what the model's objects are named.
     """
 
     published: list[int] = field(default_factory=lambda: [1])
@@ -77,11 +79,14 @@ class World:
     request: str = ""
     status: Status = field(default_factory=Status)
     workers: dict[str, int] = field(default_factory=dict)
+    numerics: dict[str, Numerics] = field(default_factory=dict)
     live_service: str | None = None
     events: list[Emit] = field(default_factory=list)
     actions: int = 0
     cut_after: int | None = None
     routes_seen: list[str] = field(default_factory=list)
+    report: Report | None = None
+    name_taken: bool = False
 
     def __post_init__(self) -> None:
         self.streams = MemoryStreams()
@@ -169,20 +174,23 @@ class _Workers:
         problem = self.world.broken.get(version)
         if problem is not None:
             return Workload(digest, 1, 0, problems=(problem,))
-        said = self.world.loaded.get(version, Description("worker", digest, 0))
+        said = self.world.loaded.get(version, Description("worker", digest, 0, str(self.world.numerics[digest])))
         return Workload(digest, 1, 1, described=(said,) if describe == digest else ())
 
     async def ensure_model(self, _: Resource, live: str | None) -> None:
+        if self.world.name_taken:
+            raise Conflict("NAME_TAKEN", "Service vigil-solar is there already")
         if self.world.live_service != live:
             self.world.check("cluster")
             self.world.act()
             self.world.live_service = live
 
-    async def ensure(self, _: Resource, version: int, digest: str) -> None:
-        if digest not in self.world.workers:
+    async def ensure(self, _: Resource, version: int, digest: str, numerics: Numerics) -> None:
+        if digest not in self.world.workers or self.world.numerics[digest] != numerics:
             self.world.check("cluster")
             self.world.act()
             self.world.workers[digest] = version
+            self.world.numerics[digest] = numerics
 
     async def remove(self, _: Resource, digest: str) -> None:
         self.world.check("cluster")
@@ -246,9 +254,7 @@ class _Reports:
     async def report(self, _: str) -> Report | None:
         self.world.check("shadow")
         route = await self.world.streams.routing.get(MODEL)
-        if route is None or route.candidate is None:
-            return None
-        numbers = self.world.verdicts.get(route.candidate.version, GOOD)
-        if numbers is None:
-            return None
-        return Report(route.live.digest, route.candidate.digest, numbers, 3600.0)
+        if route is not None and route.candidate is not None:
+            numbers = self.world.verdicts.get(route.candidate.version, GOOD)
+            self.world.report = Report(str(route.comparison), numbers, 3600.0) if numbers else None
+        return self.world.report

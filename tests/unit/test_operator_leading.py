@@ -155,3 +155,32 @@ async def test_a_server_that_is_away_ends_nothing() -> None:
     await keeping
     await first.let_go()
     assert not server.bodies
+
+
+async def test_a_leader_that_is_cut_off_from_the_server_ends_before_another_may_lead() -> None:
+    server, stop, clock = Server(), asyncio.Event(), Clock()
+    first = operator(server, "a/op", "p1", clock=clock)
+    assert await leads(first, stop)
+    keeping = asyncio.create_task(first.keep(stop))
+    server.away = True
+    clock.now += leading.CUT_OFF_S - 1
+    await asyncio.sleep(0.05)
+    assert not keeping.done()
+    clock.now += 1
+    with pytest.raises(Unavailable, match="could not be renewed"):
+        async with asyncio.timeout(5):
+            await keeping
+    assert stop.is_set()
+    assert leading.CUT_OFF_S < ALIVE_S
+
+
+async def test_a_server_that_never_answers_cuts_a_leader_off_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, stop = Server(), asyncio.Event()
+    first = operator(server, "a/op", "p1")
+    assert await leads(first, stop)
+    monkeypatch.setattr(leading, "CUT_OFF_S", 0.05)
+    monkeypatch.setattr(server, "list", lambda *_: asyncio.Event().wait())
+    with pytest.raises(Unavailable, match="could not be renewed"):
+        async with asyncio.timeout(5):
+            await first.keep(stop)
+    assert stop.is_set()

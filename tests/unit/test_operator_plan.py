@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from vigil_common.errors import Unavailable
 from vigil_operator.observed import Description, Problem
 from vigil_operator.phases import TRANSITIONS, Event, NotAllowed, Phase, after
 from vigil_operator.plan import RESYNC_S
 
 from tests.support.rollout import BAD, FEW, GOOD, MODEL, Cut, World, digest_of, spec_of
 
+if TYPE_CHECKING:
+    from vigil_common.evidence import ReportNumbers
+
 MANUAL = {"rollout": {"approval": "Manual"}}
+BF16 = {"runtime": {"precision": "bf16"}}
 
 
 async def live_v1(**more: Any) -> World:
@@ -34,6 +39,11 @@ async def shadowing(**more: Any) -> World:
     await world.settle()
     assert world.status.phase is Phase.SHADOWING
     return world
+
+
+async def refused(*_: Any, **__: Any) -> Any:
+    """Nothing is written."""
+    raise Unavailable("ROUTING_UNAVAILABLE", "routing takes nothing")
 
 
 # --- the way of a version
@@ -88,6 +98,48 @@ async def test_a_version_whose_gates_fail_never_becomes_live() -> None:
     assert (await world.route()).candidate is None  # type: ignore[union-attr]
     await world.settle(1000)
     assert world.status.phase is Phase.FAILED, "it is not tried again by itself"
+
+
+@pytest.mark.parametrize("verdict", [GOOD, BAD])
+async def test_an_earlier_comparison_of_the_same_pair_decides_nothing(verdict: ReportNumbers) -> None:
+    world = await live_v1()
+    world.apply(spec_of(2))
+    await world.settle()
+    world.ask("rollback")
+    await world.settle(1)
+    assert world.report is not None
+    world.report = replace(world.report, numbers=verdict)
+    world.verdicts[2] = FEW
+    world.ask("retry")
+    write, world.streams.routing.write = world.streams.routing.write, refused  # type: ignore[method-assign]
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.SHADOWING, 1)
+    assert world.status.shadow is None
+    world.streams.routing.write = write  # type: ignore[method-assign]
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.SHADOWING, 1)
+    assert world.status.shadow is not None
+    assert world.status.shadow.frames == FEW.frames
+
+
+async def test_another_threshold_begins_another_comparison_and_what_was_compared_before_decides_nothing() -> None:
+    world = await shadowing(**MANUAL)
+    world.verdicts[2] = GOOD
+    await world.settle(1)
+    assert world.status.phase is Phase.AWAITING_APPROVAL
+    world.verdicts[2] = FEW
+    world.apply(spec_of(2, **MANUAL, threshold=0.9))
+    write, world.streams.routing.write = world.streams.routing.write, refused  # type: ignore[method-assign]
+    await world.settle(100_000)
+    assert (world.status.phase, world.status.shadow) == (Phase.SHADOWING, None)
+    world.ask("promote", digest_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.SHADOWING, 1)
+    assert "gates have not passed" in world.status.last_request_refused
+    world.streams.routing.write = write  # type: ignore[method-assign]
+    world.verdicts[2] = GOOD
+    await world.settle(1)
+    assert world.status.phase is Phase.AWAITING_APPROVAL
 
 
 async def test_too_little_evidence_holds_after_the_timeout_and_never_passes() -> None:
@@ -289,6 +341,87 @@ async def test_a_failed_version_is_tried_again_on_request() -> None:
     assert (world.status.phase, await world.live()) == (Phase.LIVE, 2)
 
 
+@pytest.mark.parametrize("between", [1, 9])
+async def test_a_failed_version_that_is_asked_for_again_says_so_and_what_to_do(between: int) -> None:
+    world = await shadowing()
+    world.verdicts[2] = BAD
+    await world.settle(1)
+    failure = world.status.last_failure
+    world.apply(spec_of(between))
+    await world.settle(1)
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.FAILED, 1)
+    assert world.status.last_failure == failure
+    assert world.condition("Promoted") == ("False", "GateFailed")
+    said = world.events[-1]
+    assert (said.reason, said.warning) == ("GateFailed", True)
+    assert "`kubectl vigil resume` tries it again" in said.message
+    told = len(world.events)
+    await world.settle(1000)
+    assert len(world.events) == told, "once"
+
+
+async def test_a_version_that_a_person_turned_down_is_held_when_it_is_asked_for_again() -> None:
+    world = await shadowing()
+    world.ask("abort", digest_of(2))
+    await world.settle(1)
+    world.published = [1, 2, 3]
+    world.verdicts[3] = BAD
+    world.apply(spec_of(3))
+    await world.settle(1)
+    assert world.condition("Promoted") == ("False", "GateFailed")
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.HELD, 1)
+    assert world.status.last_failure is not None
+    assert (world.status.last_failure.version, world.status.last_failure.reason) == (2, "Aborted")
+    assert world.condition("Promoted") == ("False", "Aborted")
+    assert (world.events[-1].reason, "resume" in world.events[-1].message) == ("Aborted", True)
+
+
+async def test_a_candidate_goes_where_a_version_is_asked_for_that_was_turned_down() -> None:
+    world = await shadowing()
+    world.verdicts[2] = BAD
+    await world.settle(1)
+    world.published = [1, 2, 3]
+    world.verdicts[3] = FEW
+    world.apply(spec_of(3))
+    await world.settle(1)
+    assert world.status.phase is Phase.SHADOWING
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, world.status.candidate) == (Phase.FAILED, None)
+    assert set(world.workers) == {digest_of(1)}
+
+
+async def test_without_the_registry_nothing_is_taken_for_the_latest() -> None:
+    world = await live_v1()
+    world.apply(spec_of("latest"))
+    await world.settle()
+    world.ask("rollback", digest_of(2))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.HELD, 1)
+    world.away = {"registry"}
+    world.restart()
+    await world.settle(1)
+    assert world.status.phase is Phase.HELD
+    assert world.condition("Promoted") == ("Unknown", "RegistryUnavailable")
+    world.away = set()
+    await world.settle(1)
+    assert (world.status.phase, world.condition("Promoted")) == (Phase.HELD, ("False", "RolledBack"))
+
+
+async def test_what_is_live_as_the_latest_stays_so_while_the_registry_is_away() -> None:
+    world = World(spec=spec_of("latest"))
+    await world.settle()
+    world.away = {"registry"}
+    world.apply(spec_of("latest", threshold=0.7))
+    await world.settle(1)
+    assert (await world.route()).live.threshold == 0.7  # type: ignore[union-attr]
+    assert (world.status.phase, world.condition("Promoted")) == (Phase.LIVE, ("True", "Promoted"))
+
+
 @pytest.mark.parametrize("part", ["registry", "routing", "shadow", "cluster"])
 async def test_while_a_part_is_away_live_stays_and_the_rollout_goes_on_afterwards(part: str) -> None:
     world = await live_v1()
@@ -309,6 +442,15 @@ async def test_what_is_away_is_named() -> None:
     assert world.condition("Synced") == ("False", "RegistryUnavailable")
     assert world.condition("Promoted")[0] == "True"
     world.away = set()
+    await world.settle(1)
+    assert world.condition("Synced") == ("True", "Synced")
+
+
+async def test_a_name_that_is_taken_is_said() -> None:
+    world = World(name_taken=True)
+    await world.settle()
+    assert (world.condition("Synced"), world.workers) == (("False", "NameTaken"), {})
+    world.name_taken = False
     await world.settle(1)
     assert world.condition("Synced") == ("True", "Synced")
 
@@ -513,6 +655,61 @@ async def test_a_threshold_applies_to_what_runs_but_not_before_a_version_it_came
     assert world.status.phase is Phase.SHADOWING
 
 
+async def test_another_precision_that_comes_with_a_version_is_that_versions_until_it_is_promoted() -> None:
+    world = await live_v1()
+    world.verdicts[2] = FEW
+    world.apply(spec_of(2, **BF16))
+    await world.settle()
+    assert world.status.phase is Phase.SHADOWING
+    assert (str(world.numerics[digest_of(1)]), str(world.numerics[digest_of(2)])) == ("auto/f32", "auto/bf16")
+    world.verdicts[2] = GOOD
+    await world.settle(1)
+    assert await world.live() == 2
+    assert str(world.numerics[digest_of(2)]) == "auto/bf16"
+    world.ask("rollback")
+    await world.settle(1)
+    assert (await world.live(), str(world.numerics[digest_of(1)])) == (1, "auto/f32")
+
+
+async def test_another_precision_of_the_candidate_is_proven_and_compared_from_the_start() -> None:
+    world = await shadowing()
+    before = await world.route()
+    assert before is not None
+    world.apply(spec_of(2, **BF16))
+    world.loaded[2] = Description("of before", digest_of(2), 0, "auto/f32")
+    await world.settle(1)
+    assert world.status.phase is Phase.VERIFYING, "pods of before prove nothing"
+    world.loaded.clear()
+    await world.settle(1)
+    after_it = await world.route()
+    assert after_it is not None
+    assert (world.status.phase, after_it.comparison > before.comparison) == (Phase.SHADOWING, True)
+    assert (str(world.numerics[digest_of(1)]), str(world.numerics[digest_of(2)])) == ("auto/f32", "auto/bf16")
+
+
+async def test_a_pair_is_not_compared_again_before_its_last_comparison_has_ended() -> None:
+    world = await shadowing()
+    before = await world.route()
+    assert before is not None
+    write, world.streams.routing.write = world.streams.routing.write, refused  # type: ignore[method-assign]
+    world.apply(spec_of(2, **BF16))
+    await world.settle(1)
+    assert world.status.phase is Phase.VERIFYING
+    world.streams.routing.write = write  # type: ignore[method-assign]
+    await world.settle(1)
+    after_it = await world.route()
+    assert after_it is not None
+    assert (world.status.phase, after_it.comparison > before.comparison) == (Phase.SHADOWING, True)
+
+
+async def test_another_precision_by_itself_is_for_the_live_version() -> None:
+    world = await live_v1()
+    world.apply(spec_of(1, **BF16))
+    await world.settle(1)
+    assert (world.status.phase, str(world.numerics[digest_of(1)])) == (Phase.LIVE, "auto/bf16")
+    assert world.events[-1].reason == "RuntimeChanged"
+
+
 async def test_asking_for_the_live_version_again_withdraws_the_candidate() -> None:
     world = await shadowing()
     world.apply(spec_of(1))
@@ -527,6 +724,7 @@ async def test_asking_for_the_live_version_again_withdraws_the_candidate() -> No
 SCENARIOS: dict[str, Any] = {
     "first": lambda _: None,
     "promotion": lambda world: world.apply(spec_of(2)),
+    "with another precision": lambda world: world.apply(spec_of(2, **BF16)),
     "gates failed": lambda world: (world.verdicts.update({2: BAD}), world.apply(spec_of(2))),
     "rollback": lambda world: (world.apply(spec_of(2)), "rollback"),
 }
@@ -588,7 +786,7 @@ def test_a_way_that_is_not_in_the_table_is_refused() -> None:
 
 
 happenings = st.one_of(
-    st.tuples(st.just("apply"), st.sampled_from([1, 2, 3, 9, "latest"]), st.sampled_from([{}, MANUAL])),
+    st.tuples(st.just("apply"), st.sampled_from([1, 2, 3, 9, "latest"]), st.sampled_from([{}, MANUAL, BF16])),
     st.tuples(st.just("suspend"), st.booleans(), st.none()),
     st.tuples(st.just("threshold"), st.sampled_from([None, 0.3, 0.7]), st.none()),
     st.tuples(st.just("publish"), st.integers(1, 4), st.none()),

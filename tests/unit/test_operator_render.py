@@ -16,7 +16,7 @@ from vigil_operator.diagnose import last_words, problems_of
 from vigil_operator.observed import Published, Resource, resolve
 from vigil_operator.plan import gates_of
 from vigil_operator.render import WorkerSettings, build_model, build_workers
-from vigil_operator.spec import Gates, Source, Spec, duration_s
+from vigil_operator.spec import Gates, Numerics, Source, Spec, duration_s
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 DIGEST = f"sha256:{'ab' * 32}"
@@ -41,6 +41,7 @@ SECURE = replace(
     otlp_certificate_file="/etc/vigil/tls/ca.crt",
     keda=True,
 )
+F32 = Numerics()
 MINIMAL: dict[str, Any] = {"source": {"model": "cells", "version": "1"}}
 FULL: dict[str, Any] = {
     **MINIMAL,
@@ -76,7 +77,8 @@ def test_what_a_model_is_in_kubernetes_is_what_was_looked_at(
     name: str, spec: dict[str, Any], settings: WorkerSettings
 ) -> None:
     resource = _resource(spec)
-    made = [*build_model(resource, settings, DIGEST), *build_workers(resource, settings, 1, DIGEST)]
+    numerics = resource.spec.runtime.numerics
+    made = [*build_model(resource, settings, DIGEST), *build_workers(resource, settings, 1, DIGEST, numerics)]
     text = yaml.dump_all(made, Dumper=_Plain, sort_keys=False, width=120)
     file = GOLDEN / f"operator-{name}.yaml"
     if os.environ.get("VIGIL_WRITE_GOLDEN"):
@@ -86,7 +88,7 @@ def test_what_a_model_is_in_kubernetes_is_what_was_looked_at(
 
 def test_with_one_redis_password_for_all_everybody_logs_in_as_its_user() -> None:
     settings = replace(SECURE, redis_url="redis://vigil@there:6379", redis_users=False)
-    deployment, _, scaled = build_workers(_resource(FULL), settings, 1, DIGEST)
+    deployment, _, scaled = build_workers(_resource(FULL), settings, 1, DIGEST, F32)
     volumes = {volume["name"]: volume for volume in deployment["spec"]["template"]["spec"]["volumes"]}
     assert volumes["redis"]["secret"] == {"secretName": "vigil-redis"}
     assert scaled["spec"]["triggers"][0]["metadata"]["username"] == "vigil"
@@ -101,14 +103,27 @@ def test_without_a_live_version_there_is_no_service() -> None:
 
 def test_a_changed_setting_starts_new_pods_and_a_changed_threshold_does_not() -> None:
     def template(spec: dict[str, Any]) -> Any:
-        return build_workers(_resource(spec), PLAIN, 1, DIGEST)[0]["spec"]["template"]
+        return build_workers(_resource(spec), PLAIN, 1, DIGEST, F32)[0]["spec"]["template"]
 
     assert template(MINIMAL) == template({**MINIMAL, "threshold": 0.9})
     assert template(MINIMAL) != template({**MINIMAL, "runtime": {"threads": 2}})
 
 
+def test_versions_of_one_model_may_run_otherwise() -> None:
+    resource = _resource({**MINIMAL, "runtime": {"precision": "bf16"}})
+
+    def given(numerics: Numerics) -> dict[str, str]:
+        (container,) = build_workers(resource, PLAIN, 1, DIGEST, numerics)[0]["spec"]["template"]["spec"]["containers"]
+        return {entry["name"]: entry["value"] for entry in container["env"]}
+
+    assert given(F32)["VIGIL_PRECISION"] == "f32"
+    assert given(resource.spec.runtime.numerics)["VIGIL_PRECISION"] == "bf16"
+    shared = next(part for part in build_model(resource, PLAIN, DIGEST) if part["kind"] == "ConfigMap")
+    assert not {"VIGIL_ENGINE", "VIGIL_PRECISION"} & set(shared["data"])
+
+
 def test_autoscaling_leaves_the_number_of_workers_to_the_scaler() -> None:
-    assert "replicas" not in build_workers(_resource(FULL), SECURE, 1, DIGEST)[0]["spec"]
+    assert "replicas" not in build_workers(_resource(FULL), SECURE, 1, DIGEST, F32)[0]["spec"]
 
 
 def test_the_committed_definition_is_up_to_date() -> None:
@@ -179,15 +194,21 @@ def _ended(**terminated: Any) -> dict[str, Any]:
     return {"lastState": {"terminated": {"exitCode": 1, **terminated}}, "restartCount": terminated.pop("n", 0)}
 
 
+BACK_OFF = {"waiting": {"reason": "CrashLoopBackOff"}}
+RUNNING = {"running": {"startedAt": "2026-01-01T00:00:00Z"}}
+
+
 @pytest.mark.parametrize(
     ("container", "reason", "final"),
     [
         ({"state": {"waiting": {"reason": "ImagePullBackOff"}}}, "ImagePullFailed", False),
         ({"state": {"waiting": {"reason": "CreateContainerConfigError"}}}, "ContainerConfigError", False),
         (_ended(reason="OOMKilled"), "OutOfMemory", False),
-        (_ended(reason="OOMKilled") | {"restartCount": 2}, "OutOfMemory", True),
+        (_ended(reason="OOMKilled") | {"restartCount": 2, "state": BACK_OFF}, "OutOfMemory", True),
         (_ended(reason="Error", message="boom"), "CrashLoop", False),
-        (_ended(reason="Error", message="boom") | {"restartCount": 3}, "CrashLoop", True),
+        (_ended(reason="Error", message="boom") | {"restartCount": 3, "state": BACK_OFF}, "CrashLoop", True),
+        (_ended(reason="Error", message="boom") | {"restartCount": 9, "state": RUNNING}, "CrashLoop", False),
+        (_ended(reason="OOMKilled") | {"restartCount": 9, "state": RUNNING}, "OutOfMemory", False),
         (
             _ended(message='{"event": "failed", "reason": "PARITY_FAILED", "status": "INVALID_ARGUMENT"}'),
             "ParityFailed",
@@ -199,6 +220,11 @@ def _ended(**terminated: Any) -> dict[str, Any]:
 def test_what_is_wrong_is_read_off_a_pod(container: dict[str, Any], reason: str, *, final: bool) -> None:
     (problem,) = problems_of({"status": {}}, [_pod(container)])
     assert (problem.reason, problem.final) == (reason, final)
+
+
+def test_what_a_ready_pod_has_behind_it_is_no_problem() -> None:
+    container = _ended(reason="Error") | {"restartCount": 9, "state": RUNNING, "ready": True}
+    assert problems_of({"status": {}}, [_pod(container)]) == ()
 
 
 def test_pods_that_are_on_their_way_out_do_not_count() -> None:

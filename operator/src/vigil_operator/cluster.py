@@ -137,6 +137,15 @@ class Api:
         except NotFound:
             return
 
+    async def get(self, api: str, kind: str, namespace: str, name: str) -> Manifest:
+        """One object.
+
+        Raises:
+            NotFound: NOT_IN_CLUSTER.
+        """
+        found: Manifest = await self.request("GET", path_of(api, kind, namespace, name))
+        return found
+
     async def list(self, api: str, kind: str, namespace: str | None, selector: str = "") -> list[Manifest]:
         """All objects of a kind."""
         query = {"labelSelector": selector} if selector else {}

@@ -56,20 +56,24 @@ def _of_container(pod: str, container: dict[str, Any]) -> Iterator[Problem]:
     if reason in _WAITING:
         yield Problem(_WAITING[reason], f"{pod}: {waiting.get('message', reason)}"[:MESSAGE_AT_MOST])
     ended = container.get("state", {}).get("terminated") or container.get("lastState", {}).get("terminated")
-    if not ended or ended.get("exitCode", 0) == 0:
+    if container.get("ready") or not ended or ended.get("exitCode", 0) == 0:
         return
     again = container.get("restartCount", 0)
+    # Restarts are counted for as long as the pod is there, over reboots of its node too; the kubelet says this of those
+    # that follow one another.
+    looping = reason == "CrashLoopBackOff"
+    often = looping and again >= RESTARTS_FINAL
     if ended.get("reason") == "OOMKilled":
         message = f"{pod}: the worker needs more memory than its limit; see spec.resources"
-        yield Problem("OutOfMemory", message, final=again >= RESTARTS_FINAL - 1)
+        yield Problem("OutOfMemory", message, final=looping and again >= RESTARTS_FINAL - 1)
         return
     said = last_words(ended.get("message", ""))
     if said is not None:
         said_reason, message, final = said
-        yield Problem(said_reason, f"{pod}: {message}"[:MESSAGE_AT_MOST], final=final or again >= RESTARTS_FINAL)
+        yield Problem(said_reason, f"{pod}: {message}"[:MESSAGE_AT_MOST], final=final or often)
         return
     message = f"{pod}: ended with code {ended.get('exitCode')} after {again} restarts: {_last_line(ended)}"
-    yield Problem("CrashLoop", message[:MESSAGE_AT_MOST], final=again >= RESTARTS_FINAL)
+    yield Problem("CrashLoop", message[:MESSAGE_AT_MOST], final=often)
 
 
 def last_words(text: str) -> tuple[str, str, bool] | None:

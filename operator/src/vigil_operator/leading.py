@@ -37,6 +37,8 @@ SELECTOR = ",".join(f"{name}={value}" for name, value in COMPONENT.items())
 WATCHED, SINCE = f"{GROUP}/watched-namespaces", f"{GROUP}/since-revision"
 # A Lease is renewed this often, and counts as long as this after it was seen to change, seconds.
 RENEW_S, ALIVE_S = 3.0, 15.0
+# A leader that could not renew for so long leads no more: what it is doing must end before it counts as gone.
+CUT_OFF_S = 10.0
 # Clocks of nodes agree so far: an older Lease is known to be left over without waiting.
 SKEW_S = 30.0
 
@@ -120,6 +122,7 @@ class Leadership:
         self._watched = watched
         self._clock = clock
         self._seen: dict[tuple[str, str], tuple[int, float]] = {}
+        self._renewed_s = clock()
 
     async def take(self, stop: asyncio.Event) -> bool:
         """Stand by until this operator leads; False where it is stopped before."""
@@ -142,7 +145,8 @@ class Leadership:
         """Renew until stopped.
 
         Raises:
-            Unavailable: OPERATOR_REPLACED: this one was away so long that another leads; everything is stopped.
+            Unavailable: OPERATOR_REPLACED: this one was away so long that another leads; OPERATOR_CUT_OFF: so long that
+                another may soon. Everything is stopped.
         """
         while True:
             with suppress(TimeoutError):
@@ -150,10 +154,15 @@ class Leadership:
             if stop.is_set():
                 return
             try:
-                other = await self._step()
-            except Unavailable as error:
-                log.warning("cluster_away", detail=error.message)
-                continue
+                async with asyncio.timeout(self._renewed_s + CUT_OFF_S - self._clock()):
+                    other = await self._step()
+            except (Unavailable, TimeoutError) as error:
+                log.warning("cluster_away", detail=str(error))
+                if isinstance(error, Unavailable) and self._clock() - self._renewed_s < CUT_OFF_S:
+                    continue
+                stop.set()
+                message = f"the Lease could not be renewed for {CUT_OFF_S:g} s; another may lead soon"
+                raise Unavailable("OPERATOR_CUT_OFF", message) from error
             if other is not None:
                 stop.set()
                 message = f"{other.namespace}/{other.name} leads by now, from pod {other.holder}"
@@ -204,7 +213,10 @@ class Leadership:
             "renewTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         }
         metadata = {"name": name, "namespace": namespace, "labels": COMPONENT, "annotations": notes}
+        # From before the call: the server may have taken it at once, and answered late.
+        at_s = self._clock()
         await self._api.apply({"apiVersion": API, "kind": "Lease", "metadata": metadata, "spec": spec})
+        self._renewed_s = at_s
 
     async def let_go(self) -> None:
         """Once nothing is done any more; so that the next one need not wait."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from vigil_operator.spec import Source, Spec
 
+# Why nothing can be made for a resource.
+NAME_TAKEN = "NAME_TAKEN"
 # "VERB DIGEST ID", set by `kubectl vigil`; each is dealt with once.
 REQUEST_ANNOTATION = "vigil.dev/request"
 _REQUEST = re.compile(r"^(promote|force-promote|abort|rollback|retry) (sha256:[0-9a-f]{64}|-) (\S{1,64})$")
@@ -106,11 +108,13 @@ class Description:
         worker: Which one.
         digest: Of the bundle it has loaded.
         parity_failed: Parity samples that came out otherwise.
+        numerics: How it was started to run the bundle; None where that can't be told.
     """
 
     worker: str
     digest: str
     parity_failed: int
+    numerics: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +145,14 @@ class RouteSeen:
         candidate: What is compared with it.
         kept_fraction: Which part of the normal frames is stored, where the model has its own say.
         ours: Whether it says that this resource decides, so that nobody else writes it.
+        comparison: Which comparison is under way, which no wish names.
     """
 
     live: Live | None
     candidate: Candidate | None = None
     kept_fraction: float | None = None
     ours: bool = True
+    comparison: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +160,12 @@ class Report:
     """The comparison of two versions.
 
     Attributes:
-        live: Digest of the live version.
-        candidate: Digest of the candidate.
+        run: The comparison's number.
         numbers: What was counted.
         compared_s: For how long.
     """
 
-    live: str
-    candidate: str
+    run: str
     numbers: ReportNumbers
     compared_s: float
 
@@ -174,7 +178,7 @@ class Observed:
         versions: What is published of its model; None where the registry could not be asked yet.
         route: The routing table's record.
         workloads: Workers by digest; None where they could not be listed.
-        report: The comparison under way, where there is one and it could be asked.
+        report: The comparison under way, or the last one, where there is one and it could be asked.
         taken_by: An older resource for the same model, which has it.
         away: Which part could not be reached, and why.
     """

@@ -43,6 +43,9 @@ class Event(enum.Enum):
     CANDIDATE_CHOSEN = "candidate chosen"
     # The version asked for is the live one.
     TARGET_IS_LIVE = "target is live"
+    # Another version is asked for than the live one, and it failed, or a person turned it down, already.
+    FAILED_BEFORE = "failed before"
+    REFUSED_BEFORE = "refused before"
     # The candidate is proven, and there is a live version to compare it with.
     VERIFIED = "verified"
     # The candidate is proven, and nothing is to be compared: no live version, or strategy Immediate.
@@ -51,6 +54,8 @@ class Event(enum.Enum):
     GATES_PASSED = "gates passed"
     GATES_PASSED_FOR_APPROVAL = "gates passed, approval needed"
     TIMED_OUT = "timed out"
+    # Something changed that makes what was compared so far worth nothing.
+    COMPARED_ANEW = "compared anew"
     # A person promotes a candidate whose gates passed.
     APPROVED = "approved"
     # A person promotes a candidate though its gates have not passed.
@@ -72,12 +77,15 @@ TRANSITIONS: dict[tuple[Phase, Event], Phase] = {
     **{(phase, E.TARGET_LOST): P.PENDING for phase in _AT_REST},
     **{(phase, E.CANDIDATE_CHOSEN): P.VERIFYING for phase in _AT_REST},
     **{(phase, E.TARGET_IS_LIVE): P.LIVE for phase in _AT_REST},
+    **{(phase, E.FAILED_BEFORE): P.FAILED for phase in _AT_REST},
+    **{(phase, E.REFUSED_BEFORE): P.HELD for phase in _AT_REST},
     (P.VERIFYING, E.VERIFIED): P.SHADOWING,
     (P.VERIFYING, E.VERIFIED_ALONE): P.PROMOTING,
     **{(phase, E.CANDIDATE_FAILED): P.FAILED for phase in _WITH_CANDIDATE},
     **{(phase, E.GATES_PASSED): P.PROMOTING for phase in (P.SHADOWING, P.AWAITING_APPROVAL)},
     (P.SHADOWING, E.GATES_PASSED_FOR_APPROVAL): P.AWAITING_APPROVAL,
     (P.SHADOWING, E.TIMED_OUT): P.HELD,
+    **{(phase, E.COMPARED_ANEW): P.SHADOWING for phase in (P.SHADOWING, P.AWAITING_APPROVAL)},
     (P.AWAITING_APPROVAL, E.APPROVED): P.PROMOTING,
     (P.HELD, E.APPROVED): P.PROMOTING,
     **{(phase, E.FORCED): P.PROMOTING for phase in _COMPARING},

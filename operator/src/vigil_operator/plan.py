@@ -16,6 +16,7 @@ from vigil_common.evidence import Gates as EvidenceGates
 from vigil_common.streams.ports import Candidate, Live
 
 from vigil_operator.observed import (
+    NAME_TAKEN,
     Observed,
     Published,
     Request,
@@ -44,7 +45,7 @@ from vigil_operator.status import (
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from vigil_operator.spec import Gates
+    from vigil_operator.spec import Gates, Numerics
 
 # How soon to look again, seconds.
 SOON_S, POLL_S, RESYNC_S = 0.2, 1.0, 60.0
@@ -54,10 +55,13 @@ SHADOW_STATUS_S = 5.0
 BY_A_PERSON = "by a person"
 
 _LOADING = "its workers load and prove the bundle"
+_NOTHING_COMPARED = "no frame compared yet"
+_TRY_AGAIN = "`kubectl vigil resume` tries it again"
 _REQUEST_HELP = "write promote, force-promote, abort, rollback or retry, then a digest or -, then an id"
 _WITH_SHADOW = frozenset({Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.HELD})
 _UNDER_WAY = frozenset({Phase.VERIFYING, Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.PROMOTING, Phase.ROLLING_BACK})
 _NOT_INTERRUPTED = frozenset({Phase.PROMOTING, Phase.ROLLING_BACK})
+_ABOUT_ANOTHER_VERSION = frozenset({Event.CANDIDATE_CHOSEN, Event.FAILED_BEFORE, Event.REFUSED_BEFORE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +73,11 @@ class WriteStatus:
 
 @dataclass(frozen=True, slots=True)
 class EnsureWorkers:
-    """Let there be workers of this version, as the spec says."""
+    """Let there be workers of this version, as the spec says, but with numerics of its own."""
 
     version: int
     digest: str
+    numerics: Numerics
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,7 @@ def plan(resource: Resource, status: Status, seen: Observed, now: datetime) -> P
     draft.answer(target)
     draft.step(target)
     draft.follow_threshold(target)
+    draft.follow_numerics(target)
     draft.count_workers()
     draft.explain(target)
     effects = draft.effects()
@@ -176,9 +182,9 @@ class _Draft:
         self.status = self.status.model_copy(update=fields)
 
     def go(self, event: Event, reason: str, message: str, *, warning: bool = False, **fields: Any) -> None:
-        """Into the phase that follows, and tell people where it is another one."""
+        """Into the phase that follows, and tell people where it or the version is another one."""
         phase = after(self.status.phase, event)
-        if phase is not self.status.phase or event is Event.CANDIDATE_CHOSEN:
+        if phase is not self.status.phase or event in _ABOUT_ANOTHER_VERSION:
             self.events.append(Emit(reason, message, warning))
         self.change(phase=phase, **fields)
 
@@ -201,12 +207,22 @@ class _Draft:
     def workers(self, digest: str) -> Workload | None:
         return (self.seen.workloads or {}).get(digest)
 
-    def turned_down(self, target: Published) -> bool:
-        """Whether this version has failed already, as it is asked for now."""
+    def turned_down(self, target: Published) -> Failure | None:
+        """Why this version, as it is asked for now, is not tried again; None where it may be."""
         failure = self.status.last_failure
         if failure is not None and failure.digest == target.digest:
-            return failure.attempt in (BY_A_PERSON, self.resource.attempt)
-        return self._refused_by_a_person(target) is not None
+            return failure if failure.attempt in (BY_A_PERSON, self.resource.attempt) else None
+        refused = self._refused_by_a_person(target)
+        if refused is None:
+            return None
+        return Failure(
+            reason=refused.outcome,
+            message=refused.message,
+            version=target.version,
+            digest=target.digest,
+            at=refused.at,
+            attempt=BY_A_PERSON,
+        )
 
     def _refused_by_a_person(self, target: Published) -> HistoryEntry | None:
         """That a person turned it down, though another version has failed since; a promotion makes a new start."""
@@ -225,7 +241,13 @@ class _Draft:
         if self.status.live is not None or seen is None or self.seen.versions is None:
             return
         if any(found.digest == seen.digest for found in self.seen.versions):
-            live = VersionStatus(version=seen.version, digest=seen.digest, threshold=seen.threshold, since=self.now)
+            live = VersionStatus(
+                version=seen.version,
+                digest=seen.digest,
+                threshold=seen.threshold,
+                numerics=self.spec.runtime.numerics,
+                since=self.now,
+            )
             self.change(live=live)
             self.events.append(Emit("Adopted", f"version {seen.version} is live already and stays so"))
 
@@ -233,7 +255,10 @@ class _Draft:
         """The version asked for; None where it is unknown. Without the registry, what may still be meant."""
         if self.seen.versions is not None:
             return resolve(self.spec.source, self.seen.versions)
-        for known in (self.status.candidate, self.status.live):
+        # After a rollback, say, what is live is not the latest; only once it was, it may still be.
+        known_as_latest = self.status.phase is Phase.LIVE
+        live = self.status.live if known_as_latest or self.spec.source.version != LATEST else None
+        for known in (self.status.candidate, live):
             if known is not None and may_be(self.spec.source, known.version, known.digest):
                 return Published(known.version, known.digest)
         return None
@@ -253,7 +278,37 @@ class _Draft:
             self.events.append(Emit("ThresholdChanged", f"version {live.version} now decides at {_threshold(asked)}"))
         if candidate is not None and candidate.threshold != asked:
             self.change(candidate=candidate.model_copy(update={"threshold": asked}))
+        if changed:
+            self._compare_anew(f"both versions decide at {_threshold(asked)} by now")
         self.change(spec_threshold=asked)
+
+    def follow_numerics(self, target: Published | None) -> None:
+        """Changed numerics are for the live version where that is asked for; with another one they are that one's."""
+        asked = self.spec.runtime.numerics
+        for name in ("live", "candidate", "previous"):
+            version: VersionStatus | None = getattr(self.status, name)
+            # As an older operator wrote it.
+            if version is not None and version.numerics is None:
+                self.change(**{name: version.model_copy(update={"numerics": asked})})
+        live = self.status.live
+        if live is None or target is None or self.status.phase in _NOT_INTERRUPTED:
+            return
+        if live.digest == target.digest and live.numerics != asked:
+            self.change(live=live.model_copy(update={"numerics": asked}))
+            self.events.append(Emit("RuntimeChanged", f"version {live.version} now runs as {asked}"))
+
+    def _numerics(self, version: VersionStatus) -> Numerics:
+        return version.numerics or self.spec.runtime.numerics
+
+    def _compare_anew(self, why: str) -> None:
+        """What was counted before says nothing of what is compared now."""
+        candidate = self.status.candidate
+        if candidate is None or candidate.shadowing_since is None:
+            return
+        fresh = candidate.model_copy(update={"shadowing_since": self.now, "message": _NOTHING_COMPARED})
+        self.change(candidate=fresh, shadow=None)
+        if self.status.phase in (Phase.SHADOWING, Phase.AWAITING_APPROVAL):
+            self.go(Event.COMPARED_ANEW, "Shadowing", f"version {candidate.version} is compared anew: {why}")
 
     # --- what people ask for
 
@@ -335,15 +390,10 @@ class _Draft:
         return ""
 
     def _retry(self, target: Published | None) -> str:
-        if target is None or not self.turned_down(target):
+        failure = self.turned_down(target) if target is not None else None
+        if failure is None:
             return "nothing has failed"
-        failure = self.status.last_failure
-        refused = self._refused_by_a_person(target)
-        if refused is not None and (failure is None or failure.digest != target.digest):
-            version = VersionStatus(version=target.version, digest=target.digest, since=self.now)
-            failure = self.failure(version, refused.outcome, refused.message, "")
-        if failure is not None:
-            self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
+        self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
         return ""
 
     # --- the rollout
@@ -386,8 +436,12 @@ class _Draft:
         elif status.live is not None and status.live.digest == target.digest:
             self._settle(target)
         elif status.candidate is not None and status.candidate.digest == target.digest:
-            return False
-        elif not self.turned_down(target):
+            if self._numerics(status.candidate) == self.spec.runtime.numerics:
+                return False
+            self._begin(target)
+        elif (failure := self.turned_down(target)) is not None:
+            self._stay(failure)
+        else:
             self._begin(target)
         return True
 
@@ -399,6 +453,16 @@ class _Draft:
             if self.status.last_failure is not None and self.status.last_failure.digest == target.digest:
                 self.change(last_failure=None)
 
+    def _stay(self, failure: Failure) -> None:
+        """What is asked for was turned down before, and is not tried again by itself."""
+        told = self.status.last_failure == failure and self.status.phase in (Phase.FAILED, Phase.HELD)
+        if told and self.status.candidate is None:
+            return
+        self._withdraw(f"version {failure.version} is asked for")
+        event = Event.REFUSED_BEFORE if failure.attempt == BY_A_PERSON else Event.FAILED_BEFORE
+        message = f"version {failure.version} was turned down before: {failure.message}; {_TRY_AGAIN}"
+        self.go(event, failure.reason, message, warning=True, last_failure=failure)
+
     def _begin(self, target: Published) -> None:
         """A new candidate, in place of another."""
         self._withdraw(f"version {target.version} is asked for", outcome="Replaced")
@@ -406,6 +470,7 @@ class _Draft:
             version=target.version,
             digest=target.digest,
             threshold=self.spec.threshold,
+            numerics=self.spec.runtime.numerics,
             since=self.now,
             message=_LOADING,
         )
@@ -438,7 +503,10 @@ class _Draft:
             if worker.parity_failed:
                 self.fail(candidate, "ParityFailed", f"{worker.parity_failed} parity samples differ on {worker.worker}")
                 return
-        if workers and workers.ready >= workers.desired and len(workers.described) >= workers.ready > 0:
+        # While its pods are replaced by such with other numerics, those of before are ready, too.
+        wanted = str(self._numerics(candidate))
+        proven = sum(worker.numerics == wanted for worker in workers.described) if workers else 0
+        if workers and workers.ready >= workers.desired and proven >= workers.ready > 0 and self._nothing_compared():
             self._verified(candidate)
             return
         problem = next(iter(workers.problems), None) if workers else None
@@ -451,17 +519,22 @@ class _Draft:
         elif message != candidate.message:
             self.change(candidate=candidate.model_copy(update={"message": message}))
 
+    def _nothing_compared(self) -> bool:
+        """Whether the next comparison will be another one than the last, though it may be of the same pair."""
+        route = self.seen.route
+        return self.status.live is None or (route is not None and route.candidate is None)
+
     def _verified(self, candidate: CandidateStatus) -> None:
         if self.status.live is None or self.spec.rollout.strategy == "Immediate":
             why = "nothing was live" if self.status.live is None else "the strategy is Immediate"
             self.promote(Event.VERIFIED_ALONE, candidate, why)
             return
-        update = {"shadowing_since": self.now, "message": "no frame compared yet"}
+        update = {"shadowing_since": self.now, "message": _NOTHING_COMPARED}
         message = f"version {candidate.version} judges the frames of version {self.status.live.version}"
         self.go(Event.VERIFIED, "Shadowing", message, candidate=candidate.model_copy(update=update))
 
     def _compare(self, candidate: CandidateStatus) -> None:
-        decision = self._decision(candidate)
+        decision = self._decision()
         phase, rollout = self.status.phase, self.spec.rollout
         if decision is not None and decision.overall is Outcome.FAIL:
             self.fail(candidate, "GateFailed", decision.reason)
@@ -494,10 +567,13 @@ class _Draft:
         shadow = self.status.shadow
         return not quiet or shadow is None or shadow.at == self.now or not (old and old.message)
 
-    def _decision(self, candidate: CandidateStatus) -> Decision | None:
+    def _decision(self) -> Decision | None:
         """What the gates say of the comparison, which goes into the status."""
-        report, live = self.seen.report, self.status.live
-        if report is None or live is None or (report.live, report.candidate) != (live.digest, candidate.digest):
+        report, seen, wanted = self.seen.report, self.seen.route, self.route()
+        # Until the route says what is compared, thresholds too, the report is of an earlier comparison.
+        if seen is None or wanted is None or (seen.live, seen.candidate) != (wanted.live, wanted.candidate):
+            return None
+        if report is None or report.run != str(seen.comparison):
             return None
         numbers = report.numbers
         decision = decide(gates_of(self.spec.rollout.gates), numbers, report.compared_s)
@@ -592,11 +668,12 @@ class _Draft:
     def _kept(self) -> dict[str, VersionStatus]:
         """Versions that have workers."""
         status = self.status
-        kept = [status.live, status.candidate]
+        kept: list[VersionStatus | None] = [status.live, status.candidate]
         if status.previous is not None:
             warm = self.now < status.previous.warm_until
             if warm or status.phase in _NOT_INTERRUPTED:
-                kept.append(status.previous)
+                # First, for it may be the candidate as well.
+                kept.insert(0, status.previous)
         return {version.digest: version for version in kept if version is not None}
 
     def route(self) -> RouteSeen | None:
@@ -616,7 +693,9 @@ class _Draft:
         kept = self._kept()
         live = self.status.live
         actions: list[Action] = [EnsureModel(live.digest if live else None)] if kept else []
-        actions += [EnsureWorkers(version.version, version.digest) for version in kept.values()]
+        actions += [
+            EnsureWorkers(version.version, version.digest, self._numerics(version)) for version in kept.values()
+        ]
         route = self.route()
         seen = self.seen.route
         if route is not None and route.live is not None and seen is not None:
@@ -717,7 +796,7 @@ class _Draft:
             return False, failure.reason, failure.message
         refused = self._refused_by_a_person(target)
         if refused is not None and self.turned_down(target):
-            return False, refused.outcome, f"{refused.message}; `kubectl vigil resume` tries it again"
+            return False, refused.outcome, f"{refused.message}; {_TRY_AGAIN}"
         return False, phase.value, f"version {target.version} is asked for"
 
     def _synced(self, target: Published | None) -> _Said:
@@ -725,6 +804,8 @@ class _Draft:
             return False, "ModelTaken", f"{self.seen.taken_by} has model {self.spec.source.model} already"
         if self.seen.away:
             part = next(iter(self.seen.away))
+            if NAME_TAKEN in self.seen.away:
+                return False, "NameTaken", self.seen.away[NAME_TAKEN]
             return False, f"{part}Unavailable", "; ".join(self.seen.away.values())
         if self.seen.versions is not None and target is None:
             return False, "UnknownVersion", self._unknown()

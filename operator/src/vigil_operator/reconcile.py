@@ -13,7 +13,7 @@ from vigil_common.errors import Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
-from vigil_operator.observed import Observed, RouteSeen
+from vigil_operator.observed import NAME_TAKEN, Observed, RouteSeen
 from vigil_operator.phases import Phase
 from vigil_operator.plan import (
     POLL_S,
@@ -29,12 +29,12 @@ from vigil_operator.plan import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from vigil_common.streams.ports import RoutingTable
 
     from vigil_operator.observed import Published, Report, Resource, Workload
-    from vigil_operator.spec import Source
+    from vigil_operator.spec import Numerics, Source
     from vigil_operator.status import Status
 
 # Steps at once: a whole rollout has fewer, so more is a plan that never comes to rest.
@@ -54,7 +54,7 @@ class Workers(Protocol):
         """Let there be what a model has once."""
         ...
 
-    async def ensure(self, resource: Resource, version: int, digest: str) -> None:
+    async def ensure(self, resource: Resource, version: int, digest: str, numerics: Numerics) -> None:
         """Let there be workers of a version; cheap where there are."""
         ...
 
@@ -138,7 +138,7 @@ class Reconciler:
                 made = plan(resource, status, seen, self._clock())
                 trouble = {}
                 for action in made.actions:
-                    trouble |= await self._carry_out(resource, action)
+                    trouble |= await self._carry_out(resource, action, trouble)
                     if trouble and isinstance(action, WriteStatus):
                         # What is not remembered must not be done.
                         return status, POLL_S
@@ -179,8 +179,11 @@ class Reconciler:
         log.error("unsettled", resource=resource.name, namespace=resource.namespace, phase=status.phase.value)
         return status, POLL_S
 
-    async def _carry_out(self, resource: Resource, action: Action) -> dict[str, str]:
-        """Do it; where it fails, the part that it failed by."""
+    async def _carry_out(self, resource: Resource, action: Action, before: Collection[str] = ()) -> dict[str, str]:
+        """Do it after what failed before; where it fails, the part that it failed by."""
+        if NAME_TAKEN in before and isinstance(action, EnsureWorkers):
+            # They would start with somebody else's settings and account.
+            return {}
         part = "Routing" if isinstance(action, WriteRoute | KeepFraction) else "Cluster"
         try:
             await self._do(resource, action)
@@ -193,6 +196,7 @@ class Reconciler:
                 reason=error.reason,
                 detail=error.message,
             )
+            part = NAME_TAKEN if error.reason == NAME_TAKEN else part
             return {} if isinstance(action, Emit) else {part: error.message}
         return {}
 
@@ -202,8 +206,8 @@ class Reconciler:
                 await self._notes.write_status(resource, status)
             case EnsureModel(live):
                 await self._workers.ensure_model(resource, live)
-            case EnsureWorkers(version, digest):
-                await self._workers.ensure(resource, version, digest)
+            case EnsureWorkers(version, digest, numerics):
+                await self._workers.ensure(resource, version, digest, numerics)
             case RemoveWorkers(digest):
                 await self._workers.remove(resource, digest)
             case WriteRoute(live, candidate):
@@ -229,7 +233,8 @@ class Reconciler:
             kept = await self._routing.kept_fraction(source.model)
             route = RouteSeen(None, None, kept)
             if record is not None:
-                route = RouteSeen(record.live, record.candidate, kept, ours=record.managed_by == resource.full_name)
+                ours = record.managed_by == resource.full_name
+                route = RouteSeen(record.live, record.candidate, kept, ours, record.comparison)
         except Unavailable as error:
             away["Routing"] = error.message
         candidate = status.candidate

@@ -141,7 +141,7 @@ def report_of(found: shadow_pb2.Report) -> Report:
         live_right=found.reviews.live_right,
     )
     elapsed_s = found.compared_for.ToTimedelta().total_seconds()
-    return Report(found.live.digest, found.candidate.digest, numbers, elapsed_s)
+    return Report(found.run, numbers, elapsed_s)
 
 
 async def describe(

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vigil_operator.observed import Resource
-    from vigil_operator.spec import Autoscaling, Runtime
+    from vigil_operator.spec import Autoscaling, Numerics, Runtime
 
 MANAGER = "vigil-operator"
 MODEL_LABEL = f"{GROUP}/anomalymodel"
 DIGEST_LABEL = f"{GROUP}/digest"
 DIGEST_ANNOTATION = f"{GROUP}/digest"
 VERSION_ANNOTATION = f"{GROUP}/version"
+NUMERICS_ANNOTATION = f"{GROUP}/numerics"
 GRPC_PORT, METRICS_PORT, HEALTH_PORT = 50052, 9090, 50062
 TLS_FOLDER, TOKEN_FOLDER, REDIS_FOLDER = "/etc/vigil/tls", "/etc/vigil/token", "/etc/vigil/redis"
 CACHE_FOLDER = "/var/cache/vigil"
@@ -115,10 +116,12 @@ def build_model(resource: Resource, settings: WorkerSettings, live: str | None) 
     return [*objects, build_service(resource, live)] if live is not None else objects
 
 
-def build_workers(resource: Resource, settings: WorkerSettings, version: int, digest: str) -> list[Manifest]:
+def build_workers(
+    resource: Resource, settings: WorkerSettings, version: int, digest: str, numerics: Numerics
+) -> list[Manifest]:
     """What a version has."""
     objects = [
-        build_deployment(resource, settings, version, digest),
+        build_deployment(resource, settings, version, digest, numerics),
         build_disruption_budget(resource, digest),
     ]
     scaling = resource.spec.autoscaling
@@ -165,11 +168,14 @@ def build_service_account(resource: Resource, settings: WorkerSettings) -> Manif
     return _object(resource, "v1", "ServiceAccount", name, automountServiceAccountToken=False, **extra)
 
 
+def numerics_environment(numerics: Numerics) -> dict[str, str]:
+    """What a version's scores depend on, so each version has its own."""
+    return {"VIGIL_ENGINE": numerics.engine, "VIGIL_PRECISION": numerics.precision}
+
+
 def runtime_environment(runtime: Runtime) -> dict[str, str]:
-    """How a worker runs its model."""
+    """How a worker runs its model, whichever version it is."""
     return {
-        "VIGIL_ENGINE": runtime.engine,
-        "VIGIL_PRECISION": runtime.precision,
         "VIGIL_THREADS": str(runtime.threads),
         "VIGIL_RUNS": str(runtime.runs),
         "VIGIL_BATCH_SIZE": str(runtime.batch_size),
@@ -226,7 +232,9 @@ def build_service(resource: Resource, live: str) -> Manifest:
     return _object(resource, "v1", "Service", service_name(resource), spec=spec)
 
 
-def build_deployment(resource: Resource, settings: WorkerSettings, version: int, digest: str) -> Manifest:
+def build_deployment(
+    resource: Resource, settings: WorkerSettings, version: int, digest: str, numerics: Numerics
+) -> Manifest:
     """A version's workers. A change rolls: no worker goes before another has proven itself."""
     spec = resource.spec
     values = environment(resource, settings)
@@ -236,6 +244,7 @@ def build_deployment(resource: Resource, settings: WorkerSettings, version: int,
     annotations = {
         DIGEST_ANNOTATION: digest,
         VERSION_ANNOTATION: str(version),
+        NUMERICS_ANNOTATION: str(numerics),
         f"{GROUP}/settings": settings_hash,
         "prometheus.io/scrape": "true",
         "prometheus.io/port": str(METRICS_PORT),
@@ -262,7 +271,7 @@ def build_deployment(resource: Resource, settings: WorkerSettings, version: int,
                 "labelSelector": {"matchLabels": selector},
             }
         ],
-        "containers": [_container(resource, settings, version, digest)],
+        "containers": [_container(resource, settings, version, digest, numerics)],
         "volumes": _volumes(settings),
     }
     optional = {
@@ -287,7 +296,7 @@ def build_deployment(resource: Resource, settings: WorkerSettings, version: int,
     return made
 
 
-def _container(resource: Resource, settings: WorkerSettings, version: int, digest: str) -> Manifest:
+def _container(resource: Resource, settings: WorkerSettings, version: int, digest: str, numerics: Numerics) -> Manifest:
     # The server answers once the bundle is proven; loading a large model may take minutes.
     probe = {"grpc": {"port": HEALTH_PORT}, "timeoutSeconds": 5}
     container: Manifest = {
@@ -297,6 +306,7 @@ def _container(resource: Resource, settings: WorkerSettings, version: int, diges
         "env": [
             {"name": "VIGIL_MODEL_VERSION", "value": str(version)},
             {"name": "VIGIL_MODEL_DIGEST", "value": digest},
+            *({"name": name, "value": value} for name, value in numerics_environment(numerics).items()),
         ],
         "ports": [
             {"name": "grpc", "containerPort": GRPC_PORT},

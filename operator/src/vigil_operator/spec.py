@@ -90,8 +90,8 @@ class Source(Part):
         return self
 
 
-class Runtime(Part):
-    """How the model is run."""
+class Numerics(Part):
+    """What a version's scores depend on beside its bundle."""
 
     engine: Annotated[
         Literal["auto", "onnxruntime", "openvino"],
@@ -101,6 +101,14 @@ class Runtime(Part):
         Literal["f32", "bf16"],
         Field(description="On OpenVINO. bf16 may flip labels: let the shadow comparison tell."),
     ] = "f32"
+
+    def __str__(self) -> str:
+        return f"{self.engine}/{self.precision}"
+
+
+class Runtime(Numerics):
+    """How the model is run."""
+
     threads: Annotated[int, Field(ge=1, le=256, description="Threads of one run.")] = 1
     runs: Annotated[
         int,
@@ -111,6 +119,11 @@ class Runtime(Part):
     batch_size: Annotated[
         int, Field(ge=0, le=256, description="Most images of one run; 0: as many as take a few milliseconds.")
     ] = 0
+
+    @property
+    def numerics(self) -> Numerics:
+        """What scores depend on."""
+        return Numerics(engine=self.engine, precision=self.precision)
 
 
 class Autoscaling(Part):
@@ -223,7 +236,13 @@ class Spec(Part):
     """What is asked for."""
 
     source: Annotated[Source, Field(description="Which published version of which model.")]
-    runtime: Annotated[Runtime, Field(description="How the model is run.")] = Runtime()
+    runtime: Annotated[
+        Runtime,
+        Field(
+            description="How the model is run. Another engine or precision that comes with another version is that "
+            "version's, and live keeps its own; by itself it is for the live version, at once and with no comparison."
+        ),
+    ] = Runtime()
     threshold: Annotated[
         Fraction | None,
         Field(description="Scores from here on are anomalous; absent: the bundle's. Changes need no restart."),

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainSerializer
 
 from vigil_operator.phases import Phase
-from vigil_operator.spec import Part
+from vigil_operator.spec import Numerics, Part
 
 HISTORY_AT_MOST = 10
 
@@ -31,6 +31,7 @@ class VersionStatus(Part):
     version: Annotated[int, Field(description="Its number.")]
     digest: Annotated[str, Field(description="Its bundle's digest.")]
     threshold: Annotated[float | None, Field(description="Serving-time threshold; absent: the bundle's.")] = None
+    numerics: Annotated[Numerics | None, Field(description="How it is run, as spec.runtime said when it came.")] = None
     ready_replicas: Annotated[int, Field(description="Workers that are ready.")] = 0
     since: Annotated[Moment, Field(description="Since when it has this role.")]
 

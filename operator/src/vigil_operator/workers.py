@@ -6,12 +6,15 @@ import asyncio
 import hashlib
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from vigil_common.errors import Conflict, NotFound
+
 from vigil_operator import metrics
 from vigil_operator.diagnose import problems_of
-from vigil_operator.observed import Description, Workload
+from vigil_operator.observed import NAME_TAKEN, Description, Workload
 from vigil_operator.remote import describe
 from vigil_operator.render import (
     DIGEST_ANNOTATION,
@@ -19,12 +22,14 @@ from vigil_operator.render import (
     GRPC_PORT,
     MANAGER,
     MODEL_LABEL,
+    NUMERICS_ANNOTATION,
     Manifest,
     WorkerSettings,
     build_model,
     build_workers,
     revision,
     server_name,
+    service_name,
     short,
     workers_name,
 )
@@ -36,10 +41,19 @@ if TYPE_CHECKING:
 
     from vigil_operator.cluster import Api
     from vigil_operator.observed import Resource
+    from vigil_operator.spec import Numerics
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER},{MODEL_LABEL}"
 # Kinds that are not watched are applied again this often, seconds.
 REAPPLY_S = 600.0
+# Kinds that a model has once.
+MODEL_KINDS = (
+    ("v1", "ServiceAccount"),
+    ("v1", "ConfigMap"),
+    ("v1", "Service"),
+    ("networking.k8s.io/v1", "NetworkPolicy"),
+    ("keda.sh/v1alpha1", "TriggerAuthentication"),
+)
 # Kinds that a version may have, beside its Deployment.
 VERSION_KINDS = (
     ("policy/v1", "PodDisruptionBudget"),
@@ -119,6 +133,8 @@ class KubernetesWorkers:
         self._security = security
         self._applied: dict[tuple[str, str, str], _Applied] = {}
         self._described: dict[tuple[str, int], Description] = {}
+        # For which live version a resource's names were found to be its own, or free.
+        self._free: dict[Key, str | None] = {}
 
     async def load(self, places: tuple[str | None, ...]) -> None:
         """See everything once, so that nothing looks missing that was not seen yet."""
@@ -126,8 +142,8 @@ class KubernetesWorkers:
         for api, kind, cache in (("apps/v1", "Deployment", self.deployments), ("v1", "Pod", self.pods)):
             found = [body for place in places for body in await self._api.list(api, kind, place, SELECTOR)]
             cache.replace(found)
-        for api, kind in VERSION_KINDS:
-            if kind == "ScaledObject" and not self._settings.keda:
+        for api, kind in (*MODEL_KINDS, *VERSION_KINDS):
+            if api.startswith("keda.sh/") and not self._settings.keda:
                 continue
             for body in [body for place in places for body in await self._api.list(api, kind, place, SELECTOR)]:
                 metadata = body["metadata"]
@@ -170,7 +186,8 @@ class KubernetesWorkers:
             said = await describe(f"{address}:{GRPC_PORT}", name, self._security, server_name(resource))
             if said is None:
                 return None
-            self._described[key] = said
+            numerics = pod["metadata"].get("annotations", {}).get(NUMERICS_ANNOTATION)
+            self._described[key] = replace(said, numerics=numerics)
         return self._described[key]
 
     def forget_pod(self, pod: Manifest) -> None:
@@ -180,13 +197,33 @@ class KubernetesWorkers:
             del self._described[key]
 
     async def ensure_model(self, resource: Resource, live: str | None) -> None:
-        """Apply what a model has once, where it is not there as it should be."""
+        """Apply what a model has once, where it is not there as it should be.
+
+        Raises:
+            Conflict: NAME_TAKEN: somebody else has made an object of that name, and nothing is touched.
+        """
+        await self._check_names(resource, live)
         for manifest in build_model(resource, self._settings, live):
             await self._ensure(resource, manifest)
 
-    async def ensure(self, resource: Resource, version: int, digest: str) -> None:
+    async def _check_names(self, resource: Resource, live: str | None) -> None:
+        """Applied, it would be taken over, and removed with the resource: a part of Vigil itself may be named so."""
+        key, name = (resource.namespace, resource.name), service_name(resource)
+        if key in self._free and self._free[key] == live:
+            return
+        for api, kind in MODEL_KINDS:
+            ours = (kind, resource.namespace, name) in self._applied
+            if ours or (api.startswith("keda.sh/") and not self._settings.keda):
+                continue
+            with suppress(NotFound):
+                if owner_of(await self._api.get(api, kind, resource.namespace, name)) != key:
+                    message = f"{kind} {name} is there already and not of this AnomalyModel: give it another name"
+                    raise Conflict(NAME_TAKEN, message)
+        self._free[key] = live
+
+    async def ensure(self, resource: Resource, version: int, digest: str, numerics: Numerics) -> None:
         """Apply what a version has, where it is not there as it should be."""
-        manifests = build_workers(resource, self._settings, version, digest)
+        manifests = build_workers(resource, self._settings, version, digest, numerics)
         for manifest in manifests:
             await self._ensure(resource, manifest)
         kept = {manifest["kind"] for manifest in manifests}
@@ -239,6 +276,7 @@ class KubernetesWorkers:
     def forget(self, key: Key) -> None:
         """The resource is gone: so is what was applied for it."""
         namespace, name = key
+        self._free.pop(key, None)
         for applied in [
             k for k in self._applied if k[1] == namespace and (k[2].startswith(f"{name}-") or k[2] == f"vigil-{name}")
         ]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vigil_common.config import SecuritySettings
@@ -16,7 +16,7 @@ from vigil_operator.diagnose import RESTARTS_FINAL, last_words
 from vigil_operator.observed import Problem, Workload
 from vigil_operator.reconcile import Reconciler
 from vigil_operator.remote import GrpcRegistry, GrpcReports, describe
-from vigil_operator.render import runtime_environment, short
+from vigil_operator.render import numerics_environment, runtime_environment, short
 from vigil_operator.resource import resource_of, status_of
 
 from vigil_cli.local.resources import ResourceFiles
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vigil_operator.observed import Description, Resource
     from vigil_operator.plan import Emit
+    from vigil_operator.spec import Numerics
     from vigil_operator.status import Status
 
     from vigil_cli.local.stack import LocalStack
@@ -42,6 +43,7 @@ class _Started:
     """A worker's process."""
 
     settings: dict[str, str]
+    numerics: str
     restarts: int = 0
     again_at: float = 0.0
     said: Description | None = None
@@ -74,7 +76,8 @@ class LocalWorkers:
     async def _describe(self, processes: dict[str, _Started], process: str) -> Description | None:
         started = processes[process]
         if started.said is None:
-            started.said = await describe(self.stack.worker_addresses[process], process, SecuritySettings())
+            said = await describe(self.stack.worker_addresses[process], process, SecuritySettings())
+            started.said = said and replace(said, numerics=started.numerics)
         return started.said
 
     def _problems(self, started: _Started, process: str) -> list[Problem]:
@@ -93,12 +96,13 @@ class LocalWorkers:
         processes = self._started.get(self._key(resource, live), {}) if live is not None else {}
         self.stack.note_live(resource.spec.source.model, next(iter(processes), None))
 
-    async def ensure(self, resource: Resource, version: int, digest: str) -> None:
+    async def ensure(self, resource: Resource, version: int, digest: str, numerics: Numerics) -> None:
         """As many processes as there should be, with the settings that they should have."""
         processes = self._started.setdefault(self._key(resource, digest), {})
         spec = resource.spec
         count = spec.autoscaling.min if spec.autoscaling is not None else spec.replicas
-        settings = {key.removeprefix("VIGIL_"): value for key, value in runtime_environment(spec.runtime).items()}
+        environment = {**runtime_environment(spec.runtime), **numerics_environment(numerics)}
+        settings = {key.removeprefix("VIGIL_"): value for key, value in environment.items()}
         settings["MODEL_DIGEST"] = digest
         wanted = [f"worker-{resource.name}-{version}-{short(digest)}-{number}" for number in range(count)]
         for name in wanted:
@@ -107,7 +111,7 @@ class LocalWorkers:
                 await self._end(processes, name)
                 started = None
             if started is None:
-                processes[name] = _Started(settings)
+                processes[name] = _Started(settings, str(numerics))
                 self.stack.launch_worker(name, spec.source.model, version, **settings)
             elif self.stack.pid(name) is None:
                 self._again(started, name, spec.source.model, version)

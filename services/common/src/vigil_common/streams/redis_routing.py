@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import OutOfMemoryError
+
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.ports import Candidate, Live, Route, check_roles, route_changed
-from vigil_common.streams.redis_connection import Connection, Script, fields_of, prefix
+from vigil_common.streams.redis_connection import Connection, Script, fields_of, prefix, unavailable
 from vigil_common.streams.redis_shadow import REPORT_KEPT_S
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MODELS = "vigil:models"
-ROUTE, UNROUTE = Script.load("route"), Script.load("unroute")
+ROUTE, UNROUTE, KEEP = Script.load("route"), Script.load("unroute"), Script.load("keep")
 
 
 def route_of(model: str, found: Mapping[bytes, bytes]) -> Route | None:
@@ -79,8 +81,7 @@ class RedisRouting:
     ) -> Route:
         """Write the whole record."""
         check_roles(live, candidate)
-        await self._connection.command("SADD", MODELS, model)
-        await self._connection.ensure_groups(model)
+        await self._enlist(model)
         arguments: list[Any] = [prefix(model), REPORT_KEPT_S, live.version, live.digest, _text(live.threshold)]
         if candidate is None:
             arguments += ["", "", "", ""]
@@ -92,6 +93,15 @@ class RedisRouting:
         if not generation:
             raise route_changed(model)
         return Route(model, live, candidate, int(generation), int(comparison), managed_by)
+
+    async def _enlist(self, model: str) -> None:
+        """List the model, where it is not: over its memory Redis refuses the command even where it changes nothing."""
+        if model in await self.models():
+            return
+        try:
+            await self._connection.command("SADD", MODELS, model)
+        except OutOfMemoryError as error:
+            raise unavailable(error) from error
 
     async def promote(
         self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None
@@ -119,7 +129,7 @@ class RedisRouting:
         if fraction is None:
             await self._connection.command("DEL", _kept(model))
         else:
-            await self._connection.command("SET", _kept(model), repr(fraction))
+            await self._connection.script(KEEP, self._keys(model)[:1], [prefix(model), repr(fraction)])
 
     @staticmethod
     def _keys(model: str) -> list[str]:

@@ -10,6 +10,11 @@ if ARGV[10] ~= '' then
   local stands = redis.call('HMGET', KEYS[1], 'version', 'generation')
   if (stands[1] and stands[2] or '0') ~= ARGV[10] then return {0, 0} end
 end
+-- The groups that nothing goes on without, from the very beginning of their streams.
+for stream, group in pairs({frames = 'live', verdicts = 'storage', comparisons = 'storage'}) do
+  local made = redis.pcall('XGROUP', 'CREATE', ARGV[1] .. stream, group, '0', 'MKSTREAM')
+  if made.err and not string.find(made.err, 'BUSYGROUP') then return made end
+end
 local generation = redis.call('HINCRBY', KEYS[1], 'generation', 1)
 local old = redis.call('HMGET', KEYS[1], 'digest', 'threshold', 'candidate_digest', 'candidate_threshold', 'comparison')
 redis.call('HSET', KEYS[1], 'version', ARGV[3], 'digest', ARGV[4], 'threshold', ARGV[5],
