@@ -44,6 +44,20 @@ def refused(chart: str, *settings: str) -> str:
     return done.stderr
 
 
+def notes(folder: Path, chart: str, *settings: str) -> str:
+    """What an installation prints, of which helm shows nothing without a cluster."""
+    copy = shutil.copytree(CHARTS / chart, folder / chart)
+    text = (copy / "templates" / "NOTES.txt").read_text()
+    (copy / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
+    (copy / "templates" / "_notes.tpl").write_text(f'{{{{ define "notes" }}}}{text}{{{{ end }}}}')
+    done = helm(
+        *("template", "vigil", str(copy), "--namespace=here", "--show-only=templates/notes.yaml"),
+        *(f"--set={setting}" for setting in settings),
+    )
+    assert done.returncode == 0, done.stderr
+    return str(yaml.safe_load(done.stdout)["notes"])
+
+
 def pods(values: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and pod template of everything that runs."""
     for part in rendered(values):
@@ -191,6 +205,25 @@ def test_each_service_sees_its_own_redis_password_alone_where_there_are_several(
             seen[container["name"]] = (urlsplit(env["VIGIL_REDIS_URL"]).username, *(item["key"] for item in items))
     names = ("ingest", "storage", "shadow")
     assert seen == {name: (name, name) if users else ("vigil",) for name in names}
+
+
+def certificate_names(*settings: str) -> set[str]:
+    given = ("tls.enabled=true", "tls.certManager.enabled=true", "tls.certManager.issuer=ours", *settings)
+    done = helm("template", "vigil", str(CHARTS / "vigil"), "--namespace=here", *(f"--set={one}" for one in given))
+    (certificate,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Certificate"]
+    return set(certificate["spec"]["dnsNames"])
+
+
+def test_the_certificate_names_the_workers_as_operator_and_page_know_them() -> None:
+    assert "*.here.svc" in certificate_names()
+    assert "*.models.svc" in certificate_names("review.modelsNamespace=models")
+    assert {"*.here.svc", "*.line-2.svc"} <= certificate_names("tls.certManager.extraDnsNames={*.line-2.svc}")
+
+
+def test_whoever_brings_a_certificate_is_told_that_it_names_the_workers(tmp_path: Path) -> None:
+    said = notes(tmp_path, "vigil", "tls.enabled=true", "tls.existingSecret=ours").partition("must name:")[2]
+    assert "*.here.svc" in said
+    assert "vigil-MODEL.NAMESPACE.svc" in said
 
 
 def test_the_definition_outlives_the_release() -> None:

@@ -312,6 +312,11 @@ spec:
 - {{ $host }}.{{ $.Release.Namespace }}.svc
 - {{ $host }}.{{ $.Release.Namespace }}.svc.cluster.local
 {{- end }}
+{{- /* Workers, each model's by the Service vigil-MODEL beside its AnomalyModel. */}}
+- {{ printf "*.%s.svc" (default .Release.Namespace .Values.review.modelsNamespace) | quote }}
 {{- /* For kubectl port-forward. */}}
 - localhost
+{{- with .Values.tls.certManager.extraDnsNames }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
