@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.e2e.cluster import programs
+from tests.support.valkey import ValkeyProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,7 @@ def refused(chart: str, *settings: str) -> str:
 
 def notes(folder: Path, chart: str, *settings: str) -> str:
     """What an installation prints, of which helm shows nothing without a cluster."""
-    copy = shutil.copytree(CHARTS / chart, folder / chart)
+    copy = shutil.copytree(CHARTS / chart, folder / chart, dirs_exist_ok=True)
     text = (copy / "templates" / "NOTES.txt").read_text()
     (copy / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
     (copy / "templates" / "_notes.tpl").write_text(f'{{{{ define "notes" }}}}{text}{{{{ end }}}}')
@@ -171,6 +172,35 @@ def test_queue_and_store_keep_their_address_when_their_pod_is_replaced() -> None
     kinds = {part["metadata"]["labels"]["app.kubernetes.io/component"]: part["spec"] for part in services}
     for part in ("valkey", "reductstore"):
         assert (kinds[part]["type"], kinds[part].get("clusterIP")) == ("ClusterIP", None)
+
+
+def valkey_conf(*settings: str) -> str:
+    given = ("tls.enabled=true", "tls.existingSecret=ours", *settings)
+    done = helm(
+        *("template", "vigil", str(CHARTS / "vigil"), "--show-only=templates/valkey.yaml"),
+        *(f"--set={setting}" for setting in given),
+    )
+    return str(next(yaml.safe_load_all(done.stdout))["data"]["valkey.conf"])
+
+
+def test_valkey_takes_up_a_renewed_certificate(tmp_path: Path) -> None:
+    directive = "tls-auto-reload-interval"
+    assert f"{directive} 300\n" in valkey_conf()
+    # Servers that do not know it would not start.
+    assert directive not in valkey_conf("valkey.certificateReloadSeconds=0")
+    server = ValkeyProcess(tmp_path, f"--{directive}", "300").start()
+    try:
+        assert server.ask("CONFIG", "GET", directive).split()[-1] == "300"
+    finally:
+        server.kill()
+
+
+def test_who_has_to_restart_for_a_renewed_certificate_is_told(tmp_path: Path) -> None:
+    tls = ("tls.enabled=true", "tls.existingSecret=ours")
+    restart = "rollout restart -n here statefulset/"
+    said = notes(tmp_path, "vigil", *tls).split(restart)
+    assert [part.split()[0] for part in said[1:]] == ["vigil-reductstore"]
+    assert restart not in notes(tmp_path, "vigil")
 
 
 def test_queue_and_store_hear_that_they_are_to_stop(tmp_path: Path) -> None:
