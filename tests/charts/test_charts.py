@@ -396,6 +396,32 @@ def test_the_operators_chart_refuses_with_a_sentence(settings: tuple[str, ...], 
     assert says in refused("vigil-operator", *settings)
 
 
+def large_numbers(schema: dict[str, Any]) -> dict[str, Any]:
+    """Every whole number as large as it may be, or as a user's number of OpenShift."""
+    found: dict[str, Any] = {}
+    for name, part in schema["properties"].items():
+        if part["type"] == "integer":
+            found[name] = part.get("maximum", 1_000_660_000)
+        elif part.get("properties"):
+            found[name] = large_numbers(part)
+    return found
+
+
+@each_installation
+def test_a_whole_number_stays_one_however_large_it_is(values: Path, tmp_path: Path) -> None:
+    chart = values.parents[1]
+    large = large_numbers(json.loads((chart / "values.schema.json").read_text()))
+    if chart.name == "vigil":
+        large["storage"]["confirmAfterSeconds"] = 3e9
+    # Helm reads numbers from a file as floats, and from --set as they are.
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(large))
+    done = helm("template", "vigil", str(chart), f"--values={values}", f"--values={tmp_path / 'large.yaml'}")
+    assert done.returncode == 0, done.stderr
+    assert "runAsUser: 1000660000\n" in done.stdout
+    rounded = [line.strip() for line in done.stdout.splitlines() if re.search(r"\de\+\d", line)]
+    assert all("VIGIL_CONFIRM_AFTER_S" in line for line in rounded), rounded
+
+
 def test_every_value_is_documented_and_its_schema_closed() -> None:
     for chart in ("vigil", "vigil-operator"):
         schema = json.loads((CHARTS / chart / "values.schema.json").read_text())
