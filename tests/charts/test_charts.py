@@ -298,6 +298,33 @@ def test_the_operator_asks_where_the_platform_is() -> None:
         assert (namespace, kind) == ("default", "svc") or namespace == "here"
 
 
+@pytest.mark.parametrize(
+    ("settings", "redis"),
+    [
+        ((), ""),
+        (("valkey.existingSecret=passwords",), "passwords"),
+        (("tls.enabled=true", "tls.existingSecret=ours"), "ours"),
+        (("tls.enabled=true", "tls.existingSecret=ours", "valkey.existingSecret=passwords"), "passwords"),
+        (
+            ("valkey.enabled=false", "externalRedis.url=rediss://there:6379", "externalRedis.caSecret=theirs"),
+            "theirs",
+        ),
+        (("valkey.existingSecret=passwords", "valkey.users=true"), "passwords"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_operator_is_installed_as_the_notes_say(settings: tuple[str, ...], redis: str, tmp_path: Path) -> None:
+    said = re.findall(r"--set (\S+)", notes(tmp_path, "vigil", *settings))
+    done = helm("template", "vigil-operator", str(CHARTS / "vigil-operator"), *(f"--set={setting}" for setting in said))
+    assert done.returncode == 0, done.stderr
+    (deployment,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    env = {part["name"]: part.get("value", "") for part in container["env"]}
+    assert env["VIGIL_WORKER_REDIS_SECRET"] == redis
+    assert env["VIGIL_WORKER_REDIS_USERS"] == str("valkey.users=true" in settings).lower()
+    assert ("VIGIL_REDIS_CA_FILE" in env) == env["VIGIL_REDIS_URL"].startswith("rediss")
+
+
 def test_spans_go_to_the_collector_and_the_policies_let_them() -> None:
     values = CHARTS / "vigil" / "ci" / "full-values.yaml"
     minimal = CHARTS / "vigil" / "ci" / "minimal-values.yaml"
