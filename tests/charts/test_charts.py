@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.e2e.cluster import programs
+from tests.support.valkey import ValkeyProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +43,20 @@ def refused(chart: str, *settings: str) -> str:
     done = helm("template", "vigil", str(CHARTS / chart), *(f"--set={setting}" for setting in settings))
     assert done.returncode != 0, f"{settings} was taken"
     return done.stderr
+
+
+def notes(folder: Path, chart: str, *settings: str) -> str:
+    """What an installation prints, of which helm shows nothing without a cluster."""
+    copy = shutil.copytree(CHARTS / chart, folder / chart, dirs_exist_ok=True)
+    text = (copy / "templates" / "NOTES.txt").read_text()
+    (copy / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
+    (copy / "templates" / "_notes.tpl").write_text(f'{{{{ define "notes" }}}}{text}{{{{ end }}}}')
+    done = helm(
+        *("template", "vigil", str(copy), "--namespace=here", "--show-only=templates/notes.yaml"),
+        *(f"--set={setting}" for setting in settings),
+    )
+    assert done.returncode == 0, done.stderr
+    return str(yaml.safe_load(done.stdout)["notes"])
 
 
 def pods(values: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,6 +174,35 @@ def test_queue_and_store_keep_their_address_when_their_pod_is_replaced() -> None
         assert (kinds[part]["type"], kinds[part].get("clusterIP")) == ("ClusterIP", None)
 
 
+def valkey_conf(*settings: str) -> str:
+    given = ("tls.enabled=true", "tls.existingSecret=ours", *settings)
+    done = helm(
+        *("template", "vigil", str(CHARTS / "vigil"), "--show-only=templates/valkey.yaml"),
+        *(f"--set={setting}" for setting in given),
+    )
+    return str(next(yaml.safe_load_all(done.stdout))["data"]["valkey.conf"])
+
+
+def test_valkey_takes_up_a_renewed_certificate(tmp_path: Path) -> None:
+    directive = "tls-auto-reload-interval"
+    assert f"{directive} 300\n" in valkey_conf()
+    # Servers that do not know it would not start.
+    assert directive not in valkey_conf("valkey.certificateReloadSeconds=0")
+    server = ValkeyProcess(tmp_path, f"--{directive}", "300").start()
+    try:
+        assert server.ask("CONFIG", "GET", directive).split()[-1] == "300"
+    finally:
+        server.kill()
+
+
+def test_who_has_to_restart_for_a_renewed_certificate_is_told(tmp_path: Path) -> None:
+    tls = ("tls.enabled=true", "tls.existingSecret=ours")
+    restart = "rollout restart -n here statefulset/"
+    said = notes(tmp_path, "vigil", *tls).split(restart)
+    assert [part.split()[0] for part in said[1:]] == ["vigil-reductstore"]
+    assert restart not in notes(tmp_path, "vigil")
+
+
 def test_queue_and_store_hear_that_they_are_to_stop(tmp_path: Path) -> None:
     """The first process of a container gets SIGTERM, and a shell would not hand it on."""
     for number, part in enumerate(of_kind(CHARTS / "vigil" / "ci" / "tls-values.yaml", "StatefulSet")):
@@ -191,6 +235,25 @@ def test_each_service_sees_its_own_redis_password_alone_where_there_are_several(
             seen[container["name"]] = (urlsplit(env["VIGIL_REDIS_URL"]).username, *(item["key"] for item in items))
     names = ("ingest", "storage", "shadow")
     assert seen == {name: (name, name) if users else ("vigil",) for name in names}
+
+
+def certificate_names(*settings: str) -> set[str]:
+    given = ("tls.enabled=true", "tls.certManager.enabled=true", "tls.certManager.issuer=ours", *settings)
+    done = helm("template", "vigil", str(CHARTS / "vigil"), "--namespace=here", *(f"--set={one}" for one in given))
+    (certificate,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Certificate"]
+    return set(certificate["spec"]["dnsNames"])
+
+
+def test_the_certificate_names_the_workers_as_operator_and_page_know_them() -> None:
+    assert "*.here.svc" in certificate_names()
+    assert "*.models.svc" in certificate_names("review.modelsNamespace=models")
+    assert {"*.here.svc", "*.line-2.svc"} <= certificate_names("tls.certManager.extraDnsNames={*.line-2.svc}")
+
+
+def test_whoever_brings_a_certificate_is_told_that_it_names_the_workers(tmp_path: Path) -> None:
+    said = notes(tmp_path, "vigil", "tls.enabled=true", "tls.existingSecret=ours").partition("must name:")[2]
+    assert "*.here.svc" in said
+    assert "vigil-MODEL.NAMESPACE.svc" in said
 
 
 def test_the_definition_outlives_the_release() -> None:
@@ -233,6 +296,33 @@ def test_the_operator_asks_where_the_platform_is() -> None:
         name, namespace, kind = address.partition(":")[0].split(".")
         assert name in platform
         assert (namespace, kind) == ("default", "svc") or namespace == "here"
+
+
+@pytest.mark.parametrize(
+    ("settings", "redis"),
+    [
+        ((), ""),
+        (("valkey.existingSecret=passwords",), "passwords"),
+        (("tls.enabled=true", "tls.existingSecret=ours"), "ours"),
+        (("tls.enabled=true", "tls.existingSecret=ours", "valkey.existingSecret=passwords"), "passwords"),
+        (
+            ("valkey.enabled=false", "externalRedis.url=rediss://there:6379", "externalRedis.caSecret=theirs"),
+            "theirs",
+        ),
+        (("valkey.existingSecret=passwords", "valkey.users=true"), "passwords"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_operator_is_installed_as_the_notes_say(settings: tuple[str, ...], redis: str, tmp_path: Path) -> None:
+    said = re.findall(r"--set (\S+)", notes(tmp_path, "vigil", *settings))
+    done = helm("template", "vigil-operator", str(CHARTS / "vigil-operator"), *(f"--set={setting}" for setting in said))
+    assert done.returncode == 0, done.stderr
+    (deployment,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    env = {part["name"]: part.get("value", "") for part in container["env"]}
+    assert env["VIGIL_WORKER_REDIS_SECRET"] == redis
+    assert env["VIGIL_WORKER_REDIS_USERS"] == str("valkey.users=true" in settings).lower()
+    assert ("VIGIL_REDIS_CA_FILE" in env) == env["VIGIL_REDIS_URL"].startswith("rediss")
 
 
 def test_spans_go_to_the_collector_and_the_policies_let_them() -> None:
@@ -331,6 +421,32 @@ def test_what_can_not_work_is_refused_with_a_sentence(settings: tuple[str, ...],
 )
 def test_the_operators_chart_refuses_with_a_sentence(settings: tuple[str, ...], says: str) -> None:
     assert says in refused("vigil-operator", *settings)
+
+
+def large_numbers(schema: dict[str, Any]) -> dict[str, Any]:
+    """Every whole number as large as it may be, or as a user's number of OpenShift."""
+    found: dict[str, Any] = {}
+    for name, part in schema["properties"].items():
+        if part["type"] == "integer":
+            found[name] = part.get("maximum", 1_000_660_000)
+        elif part.get("properties"):
+            found[name] = large_numbers(part)
+    return found
+
+
+@each_installation
+def test_a_whole_number_stays_one_however_large_it_is(values: Path, tmp_path: Path) -> None:
+    chart = values.parents[1]
+    large = large_numbers(json.loads((chart / "values.schema.json").read_text()))
+    if chart.name == "vigil":
+        large["storage"]["confirmAfterSeconds"] = 3e9
+    # Helm reads numbers from a file as floats, and from --set as they are.
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(large))
+    done = helm("template", "vigil", str(chart), f"--values={values}", f"--values={tmp_path / 'large.yaml'}")
+    assert done.returncode == 0, done.stderr
+    assert "runAsUser: 1000660000\n" in done.stdout
+    rounded = [line.strip() for line in done.stdout.splitlines() if re.search(r"\de\+\d", line)]
+    assert all("VIGIL_CONFIRM_AFTER_S" in line for line in rounded), rounded
 
 
 def test_every_value_is_documented_and_its_schema_closed() -> None:

@@ -391,7 +391,7 @@ def test_with_tls_and_tokens_only_who_is_known_gets_in(platform: Platform, tmp_p
     # when everything is installed with them, on the volume of images and without that of the queue
     platform.cluster.helm("uninstall", RELEASE, "--namespace", NAMESPACE, "--wait", "--timeout", "120s")
     platform.cluster.kubectl("delete", "pvc", "-n", NAMESPACE, f"data-{RELEASE}-valkey-0")
-    server = ["valkey.image.repository=localhost/vigil/redis"] if OWN else []
+    server = ["valkey.image.repository=localhost/vigil/redis", "valkey.certificateReloadSeconds=0"] if OWN else []
     seconds = platform.install(
         *server,
         *("tls.enabled=true", "tls.existingSecret=vigil-tls", "valkey.existingSecret=vigil-redis"),

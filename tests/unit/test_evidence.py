@@ -13,13 +13,12 @@ from vigil_common.evidence import (
     Gates,
     Outcome,
     ReportNumbers,
-    Z,
     binomial_tail,
     decide,
+    fraction_high,
+    fraction_low,
     mcnemar,
     median_bounds,
-    wilson_high,
-    wilson_low,
 )
 
 PLENTY = ReportNumbers(
@@ -55,22 +54,50 @@ def outcome(gates: Gates, found: ReportNumbers, gate: str) -> Outcome:
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_a_fraction_lies_between_its_bounds(case: tuple[int, int]) -> None:
     count, trials = case
-    assert 0 <= wilson_low(count, trials) <= count / trials <= wilson_high(count, trials) <= 1
+    assert 0 <= fraction_low(count, trials) <= count / trials <= fraction_high(count, trials) <= 1
 
 
 @given(st.integers(0, 50), st.integers(1, 500))
 def test_more_trials_of_the_same_kind_bring_the_bound_down(count: int, trials: int) -> None:
-    assert wilson_high(count, count + 2 * trials) < wilson_high(count, count + trials)
+    assert fraction_high(count, count + 2 * trials) < fraction_high(count, count + trials)
 
 
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))))
-def test_the_bounds_are_wilsons(case: tuple[int, int]) -> None:
-    # At the bound the fraction found lies just Z standard errors away: the equation that the interval solves.
+def tail(count: int, trials: int, fraction: float) -> float:
+    terms = (math.comb(trials, k) * fraction**k * (1 - fraction) ** (trials - k) for k in range(count, trials + 1))
+    return math.fsum(terms)
+
+
+@given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(1, n), st.just(n))))
+def test_at_the_bounds_what_was_found_is_a_chance_of_one_in_twenty(case: tuple[int, int]) -> None:
     count, trials = case
-    low = wilson_low(count, trials)
-    assert count / trials - low == pytest.approx(Z * math.sqrt(low * (1 - low) / trials))
-    assert wilson_low(0, trials) == 0.0
-    assert (wilson_low(0, 0), wilson_high(0, 0)) == (0.0, 1.0)
+    assert tail(count, trials, fraction_low(count, trials)) == pytest.approx(0.05)
+    assert 1 - tail(trials - count + 1, trials, fraction_high(trials - count, trials)) == pytest.approx(0.05)
+    assert fraction_low(0, trials) == 0.0
+    assert (fraction_low(0, 0), fraction_high(0, 0)) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),
+    [
+        (0, 0.0, 2.995727786352513e-06),
+        (1, 5.129329307097566e-08, 4.743855638213706e-06),
+        (10_000, 0.009836888398341086, 0.01016521398188545),
+        (500_000, 0.4991770739498, 0.5008229260502),
+    ],
+)
+def test_the_bounds_of_a_million_frames_are_as_exact(count: int, low: float, high: float) -> None:
+    # From scipy.stats.beta.
+    assert fraction_low(count, 10**6) == pytest.approx(low, rel=1e-8)
+    assert fraction_high(count, 10**6) == pytest.approx(high, rel=1e-8)
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.02, 0.1])
+@pytest.mark.parametrize("trials", [200, 223, 600, 1000])
+def test_a_candidate_at_the_limit_fails_and_passes_in_at_most_one_of_twenty_cases(limit: float, trials: int) -> None:
+    fails = next(count for count in range(trials) if fraction_low(count, trials) > limit)
+    assert tail(fails, trials, limit) <= 0.05
+    passes = sum(fraction_high(count, trials) <= limit for count in range(trials))
+    assert 1 - tail(passes, trials, limit) <= 0.05
 
 
 @given(st.integers(0, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -93,6 +120,13 @@ def test_the_median_lies_between_its_bounds(histogram: list[int]) -> None:
     values = [index for index, count in enumerate(histogram) for _ in range(count)]
     assert low <= median <= high
     assert median == values[(len(values) - 1) // 2]
+
+
+@given(st.integers(5, 300))
+def test_each_bound_of_the_median_is_wrong_in_at_most_one_of_twenty_cases(trials: int) -> None:
+    _, low, high = median_bounds(list(range(1, trials + 1)))
+    assert low == trials - 1 - high
+    assert 1 - tail(low + 1, trials, 0.5) <= 0.05 < 1 - tail(low + 2, trials, 0.5)
 
 
 @given(numbers())
@@ -119,6 +153,33 @@ def test_ten_lucky_frames_pass_nothing_even_where_ten_are_asked_for(frames: int)
 def test_one_unlucky_frame_fails_nothing() -> None:
     found = ReportNumbers(frames=1, new_alarms=1, candidate_failed=1)
     assert decide(Gates(), found, DAY_S).overall is Outcome.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("frames", [199, 200, 222])
+def test_one_failed_frame_does_not_reject_a_candidate(frames: int) -> None:
+    found = ReportNumbers(frames=frames, candidate_failed=1)
+    assert outcome(Gates(), found, "maxErrorFraction") is Outcome.INCONCLUSIVE
+
+
+def test_without_an_error_the_candidate_passes_from_2995_frames_on() -> None:
+    for frames, expected in ((2994, Outcome.INCONCLUSIVE), (2995, Outcome.PASS)):
+        assert outcome(Gates(), ReportNumbers(frames=frames), "maxErrorFraction") is expected
+
+
+@pytest.mark.parametrize(
+    ("gate", "found", "waits_for"),
+    [
+        ("maxNewMisses", ReportNumbers(frames=200, live_anomalous=4, new_misses=4), "minAnomalous"),
+        ("maxNewMisses", ReportNumbers(frames=199, live_anomalous=9, new_misses=9), "minFrames"),
+        ("maxNewFalseAlarms", ReportNumbers(200, 190, new_alarms=10), "minFrames that live calls normal"),
+        ("maxFlipFraction", ReportNumbers(frames=1, candidate_failed=300, new_alarms=1), "minFrames"),
+    ],
+)
+def test_a_fraction_waits_for_frames_of_its_own_kind(gate: str, found: ReportNumbers, waits_for: str) -> None:
+    gates = Gates(max_new_false_alarms=0.02, max_new_misses=0.02)
+    said = next(result for result in decide(gates, found, DAY_S).gates if result.gate == gate)
+    assert said.outcome is Outcome.INCONCLUSIVE
+    assert said.reason.endswith(f"; not decided before {waits_for}")
 
 
 def test_good_evidence_passes() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -246,6 +247,43 @@ def test_an_export_names_itself_and_gets_parity_images_where_none_are_given(tmp_
     assert [sample.tolerance for sample in bundle.manifest.parity] == [0.01, 0.01]
     loaded = LoadedModel(pack(bundle.manifest, bundle.files), tmp_path / "loaded", engine="onnxruntime")
     assert all(sample.passed for sample in loaded.parity)
+
+
+def imported_from(path: Path) -> str:
+    return str(open_bundle(import_export(path, name="cells")).manifest.lineage["imported_from"])
+
+
+def test_of_several_trainings_the_latest_is_taken_and_named(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    for number in (10, 9, 0):
+        export(results / f"v{number}" / "weights" / "onnx" / "model.onnx")
+    assert imported_from(results) == "results/v10"
+    (results / "latest").symlink_to("v9")
+    assert imported_from(results) == "results/v9"
+    assert imported_from(results / "latest") == "v9"
+    assert imported_from(results / "v0" / "weights" / "onnx" / "model.onnx") == "model.onnx"
+
+
+def test_of_several_models_the_one_exported_last_is_taken(tmp_path: Path) -> None:
+    for age, name in enumerate(("Stfpm", "Padim")):
+        path = export(tmp_path / name / "cells" / f"v{age}" / "weights" / "onnx" / "model.onnx")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert imported_from(tmp_path) == f"{tmp_path.name}/Stfpm/cells/v0"
+
+
+def test_both_files_are_of_one_training(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    for number in (0, 1):
+        path = export(tmp_path / f"v{number}" / "weights" / "onnx" / "model.onnx")
+        if number == 0:
+            folder = path.parents[1] / "openvino"
+            folder.mkdir()
+            openvino.save_model(openvino.convert_model(str(path)), str(folder / "model.xml"))
+    assert set(open_bundle(import_export(tmp_path / "v0", name="cells")).manifest.artefacts) == {
+        "onnxruntime",
+        "openvino",
+    }
+    assert set(open_bundle(import_export(tmp_path, name="cells")).manifest.artefacts) == {"onnxruntime"}
 
 
 def test_runtimes_that_disagree_are_refused(tmp_path: Path) -> None:

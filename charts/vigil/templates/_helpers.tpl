@@ -89,9 +89,9 @@ enableServiceLinks: false
 serviceAccountName: {{ include "vigil.fullname" .root }}
 securityContext:
   runAsNonRoot: true
-  runAsUser: {{ .root.Values.runAsUser }}
-  runAsGroup: {{ .root.Values.runAsUser }}
-  fsGroup: {{ .root.Values.runAsUser }}
+  runAsUser: {{ .root.Values.runAsUser | int64 }}
+  runAsGroup: {{ .root.Values.runAsUser | int64 }}
+  fsGroup: {{ .root.Values.runAsUser | int64 }}
   # Volumes with many files would otherwise be walked at each start.
   fsGroupChangePolicy: OnRootMismatch
   seccompProfile: {type: RuntimeDefault}
@@ -189,7 +189,7 @@ metadata:
   labels: {{- include "vigil.labels" . | nindent 4 }}
 spec:
   {{- if not (dig "autoscaling" "enabled" false .values) }}
-  replicas: {{ .values.replicas }}
+  replicas: {{ .values.replicas | int64 }}
   {{- end }}
   revisionHistoryLimit: 3
   strategy:
@@ -217,7 +217,7 @@ spec:
             {{- if ne .component "review" }}
             {{- include "vigil.redisEnv" . | nindent 12 }}
             {{- end }}
-            - {name: VIGIL_DRAIN_S, value: {{ .values.drainSeconds | quote }}}
+            - {name: VIGIL_DRAIN_S, value: {{ .values.drainSeconds | int64 | quote }}}
             {{- if and .root.Values.otlp.endpoint (has .component (list "ingest" "storage")) }}
             - {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ .root.Values.otlp.endpoint | quote }}}
             - {name: OTEL_TRACES_SAMPLER, value: parentbased_traceidratio}
@@ -312,6 +312,11 @@ spec:
 - {{ $host }}.{{ $.Release.Namespace }}.svc
 - {{ $host }}.{{ $.Release.Namespace }}.svc.cluster.local
 {{- end }}
+{{- /* Workers, each model's by the Service vigil-MODEL beside its AnomalyModel. */}}
+- {{ printf "*.%s.svc" (default .Release.Namespace .Values.review.modelsNamespace) | quote }}
 {{- /* For kubectl port-forward. */}}
 - localhost
+{{- with .Values.tls.certManager.extraDnsNames }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}

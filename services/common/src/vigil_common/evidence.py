@@ -1,13 +1,16 @@
 """Whether a candidate may replace the live version: a pure function of what was counted and what was asked.
 
-Every gate passes, fails, or is inconclusive. A fraction passes once its one-sided upper bound (Wilson, 95 %) is within
-the limit, and fails once its lower bound is over it: ten lucky frames pass nothing, one unlucky frame fails nothing.
-Before `min_frames` have been seen no fraction is judged at all, since the bounds hold for one look and not for a look
-at each frame. Overall it is a pass only where every gate passes; too little evidence is never a pass.
+Every gate passes, fails, or is inconclusive. A fraction passes once its one-sided upper bound (Clopper-Pearson, 95 %)
+is within the limit, and fails once its lower bound is over it: with the default gates ten lucky frames pass nothing,
+and one unlucky frame fails nothing. The bounds are exact, since one or two frames decide a limit of 0.1 %, where
+approximations are wrong. No fraction is judged before it is one of `min_frames` frames, or of `min_anomalous` that live
+calls anomalous, since the bounds hold for one look and not for a look at each frame. Overall it is a pass only where
+every gate passes; too little evidence is never a pass.
 """
 
 from __future__ import annotations
 
+import bisect
 import enum
 import math
 from dataclasses import dataclass
@@ -15,9 +18,6 @@ from dataclasses import dataclass
 from vigil_common.errors import InvalidInput
 
 CONFIDENCE = 0.95
-# The standard normal's quantile at CONFIDENCE, for one-sided bounds.
-Z = 1.6448536269514722
-TOO_FEW = "; not decided before minFrames"
 
 
 class Outcome(enum.Enum):
@@ -33,8 +33,8 @@ class Gates:
     """What is asked of a candidate; None asks nothing. The names in YAML are the same in camelCase.
 
     Attributes:
-        min_frames: Frames compared.
-        min_anomalous: Frames among them that live calls anomalous.
+        min_frames: Frames compared; `max_new_false_alarms` waits for as many that live calls normal.
+        min_anomalous: Frames among them that live calls anomalous; `max_new_misses` waits for them.
         min_duration_s: For how long.
         max_flip_fraction: Frames with another label, either way.
         max_new_false_alarms: Fraction of the frames live calls normal that the candidate calls anomalous.
@@ -141,17 +141,39 @@ class Decision:
         return "; ".join(gate.reason for gate in self.gates if gate.outcome is self.overall)
 
 
-def wilson_low(count: int, trials: int) -> float:
-    """One-sided lower bound of a fraction."""
-    return 1.0 - wilson_high(trials - count, trials)
+def fraction_low(count: int, trials: int) -> float:
+    """One-sided lower bound of a fraction: up to it, `count` or more of `trials` are a chance of 5 % or less."""
+    if count <= 0:
+        return 0.0
+    low, high = 0.0, count / trials
+    while low < (middle := (low + high) / 2) < high:
+        if _upper_tail(count, trials, middle) <= 1 - CONFIDENCE:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
-def wilson_high(count: int, trials: int) -> float:
+def fraction_high(count: int, trials: int) -> float:
     """One-sided upper bound of a fraction; 1 where nothing was tried."""
-    if trials <= 0 or count >= trials:
-        return 1.0
-    spread = Z * math.sqrt(count * (trials - count) / trials + Z * Z / 4)
-    return min(1.0, (count + Z * Z / 2 + spread) / (trials + Z * Z))
+    return 1.0 - fraction_low(trials - count, trials)
+
+
+def _upper_tail(count: int, trials: int, fraction: float) -> float:
+    """Probability of at least `count` of `trials`, where that is no less than what is expected.
+
+    From there on each term is smaller than the one before, so that few count: some 4,000 at most for a million trials.
+    """
+    ways = math.lgamma(trials + 1) - math.lgamma(count + 1) - math.lgamma(trials - count + 1)
+    term = math.exp(ways + count * math.log(fraction) + (trials - count) * math.log1p(-fraction))
+    odds = fraction / (1 - fraction)
+    total = 0.0
+    for found in range(count, trials + 1):
+        total += term
+        if term <= total * 1e-17:
+            break
+        term *= odds * (trials - found) / (found + 1)
+    return total
 
 
 def binomial_tail(count: int, trials: int) -> float:
@@ -175,16 +197,20 @@ def mcnemar(candidate_right: int, live_right: int) -> float:
 def median_bounds(cumulative: list[int]) -> tuple[int, int, int]:
     """Bins of the median and of its one-sided lower and upper bounds, from a histogram's running totals.
 
-    The bounds are the order statistics whose ranks the Wilson interval of one half gives.
+    The bounds are order statistics, exact whatever the distribution; of fewer than five values, the least and greatest.
     """
     total = cumulative[-1]
-    low, high = 1.0 - wilson_high(total - total // 2, total), wilson_high((total + 1) // 2, total)
 
-    def bin_of(fraction: float) -> int:
-        rank = min(total, max(1, math.ceil(fraction * total)))
+    def chance(below: int) -> float:
+        return _upper_tail(total - below, total, 0.5)
+
+    # A rank is over the median if fewer values than that are under it, each by a fair coin.
+    rank = max(1, bisect.bisect(range(total // 2), 1 - CONFIDENCE, key=chance))
+
+    def bin_of(rank: int) -> int:
         return next(index for index, count in enumerate(cumulative) if count >= rank)
 
-    return bin_of(0.5), bin_of(low), bin_of(high)
+    return bin_of((total + 1) // 2), bin_of(rank), bin_of(total + 1 - rank)
 
 
 def decide(gates: Gates, numbers: ReportNumbers, elapsed_s: float) -> Decision:
@@ -201,14 +227,20 @@ def decide(gates: Gates, numbers: ReportNumbers, elapsed_s: float) -> Decision:
         _at_least("minAnomalous", n.live_anomalous, gates.min_anomalous, "frames that live calls anomalous"),
         _at_least("minDuration", elapsed_s, gates.min_duration_s, "seconds of comparison"),
     ]
+    normal = n.frames - n.live_anomalous
+    few = "minFrames" if n.frames < gates.min_frames else ""
+    few_tried = "minFrames" if tried < gates.min_frames else ""
+    few_normal = "minFrames that live calls normal" if normal < gates.min_frames else ""
+    few_anomalous = few or ("minAnomalous" if n.live_anomalous < gates.min_anomalous else "")
     fractions = (
-        ("maxFlipFraction", gates.max_flip_fraction, n.flips, n.frames, "frames changed their label"),
+        ("maxFlipFraction", gates.max_flip_fraction, n.flips, n.frames, "frames changed their label", few),
         (
             "maxNewFalseAlarms",
             gates.max_new_false_alarms,
             n.new_alarms,
-            n.frames - n.live_anomalous,
+            normal,
             "frames that live calls normal became anomalous",
+            few_normal,
         ),
         (
             "maxNewMisses",
@@ -216,16 +248,24 @@ def decide(gates: Gates, numbers: ReportNumbers, elapsed_s: float) -> Decision:
             n.new_misses,
             n.live_anomalous,
             "frames that live calls anomalous became normal",
+            few_anomalous,
         ),
-        ("maxErrorFraction", gates.max_error_fraction, n.candidate_failed, tried, "frames failed in the candidate"),
+        (
+            "maxErrorFraction",
+            gates.max_error_fraction,
+            n.candidate_failed,
+            tried,
+            "frames failed in the candidate",
+            few_tried,
+        ),
     )
     results += [
-        _at_most(name, limit, count, trials, what, enough=tried >= gates.min_frames)
-        for name, limit, count, trials, what in fractions
+        _at_most(name, limit, count, trials, what, waits_for=waits_for)
+        for name, limit, count, trials, what, waits_for in fractions
         if limit is not None
     ]
     if gates.max_latency_ratio is not None:
-        results.append(_latency(gates.max_latency_ratio, n, enough=n.frames >= gates.min_frames))
+        results.append(_latency(gates.max_latency_ratio, n, waits_for=few))
     if n.candidate_right + n.live_right:
         results.append(_people(n))
     outcomes = {result.outcome for result in results}
@@ -242,6 +282,10 @@ def _at_least(name: str, value: float, limit: float, what: str) -> GateResult:
     return GateResult(name, outcome, limit, value, None, None, f"{value:,.0f} {what}, at least {limit:,.0f} needed")
 
 
+def _not_before(waits_for: str) -> str:
+    return f"; not decided before {waits_for}" if waits_for else ""
+
+
 def _between(low: float, high: float, limit: float, *, enough: bool) -> Outcome:
     if not enough:
         return Outcome.INCONCLUSIVE
@@ -250,25 +294,25 @@ def _between(low: float, high: float, limit: float, *, enough: bool) -> Outcome:
     return Outcome.FAIL if low > limit else Outcome.INCONCLUSIVE
 
 
-def _at_most(name: str, limit: float, count: int, trials: int, what: str, *, enough: bool) -> GateResult:
-    low, high = wilson_low(count, trials), wilson_high(count, trials)
-    outcome = _between(low, high, limit, enough=enough and trials > 0)
+def _at_most(name: str, limit: float, count: int, trials: int, what: str, *, waits_for: str) -> GateResult:
+    low, high = fraction_low(count, trials), fraction_high(count, trials)
+    outcome = _between(low, high, limit, enough=not waits_for and trials > 0)
     bounds = f"between {low:.2%} and {high:.2%}" if trials else "nothing to go by"
     reason = f"{count:,} of {trials:,} {what}: {bounds} at {CONFIDENCE:.0%} a side, at most {limit:.2%} allowed"
-    reason += "" if enough else TOO_FEW
+    reason += _not_before(waits_for)
     return GateResult(name, outcome, limit, count / trials if trials else 0.0, low, high, reason)
 
 
-def _latency(limit: float, numbers: ReportNumbers, *, enough: bool) -> GateResult:
+def _latency(limit: float, numbers: ReportNumbers, *, waits_for: str) -> GateResult:
     ratio, low, high = numbers.latency_ratio, numbers.latency_ratio_low, numbers.latency_ratio_high
     if ratio is None:
         reason = f"the latency ratio was not measured, at most {limit:.2f} allowed"
         return GateResult("maxLatencyRatio", Outcome.INCONCLUSIVE, limit, 0.0, None, None, reason)
-    outcome = _between(low, high, limit, enough=enough)
+    outcome = _between(low, high, limit, enough=not waits_for)
     reason = (
         f"the candidate takes {ratio:.2f} times as long, between {low:.2f} and {high:.2f}; at most {limit:.2f} allowed"
     )
-    reason += "" if enough else TOO_FEW
+    reason += _not_before(waits_for)
     return GateResult("maxLatencyRatio", outcome, limit, ratio, low, high, reason)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -115,10 +116,21 @@ class StorageReviews:
 
 
 def _of(report: Report, frame: storage_pb2.StoredFrame) -> bool:
-    """Whether a stored comparison is one of this report's pair of versions."""
-    same_candidate = frame.labels.get("candidate_digest") == report.text("candidate_digest")
-    live = report.text("live_digest")
-    return same_candidate and (not live or frame.verdict.model.digest == live)
+    """Whether a stored comparison is one of this report's pair of versions, by the thresholds that these have in it.
+
+    A replay has no live version of its own: each stored verdict is live's there.
+    """
+    labels, live = frame.labels, report.text("live_digest")
+    same_candidate = labels.get("candidate_digest") == report.text("candidate_digest") and _same(
+        float(labels.get("candidate_threshold") or math.nan), report.threshold("candidate")
+    )
+    same_live = frame.verdict.model.digest == live and _same(frame.verdict.threshold, report.threshold("live"))
+    return same_candidate and (not live or same_live)
+
+
+def _same(one: float, other: float) -> bool:
+    """Whether two thresholds are the same, one of which may have been rounded to 32 bits on its way."""
+    return math.isclose(one, other, rel_tol=1e-6)
 
 
 class WorkerJudge:

@@ -29,6 +29,8 @@ PARITY_TOLERANCE = 1e-3
 RANK = 4
 # Folders of Anomalib's results that say nothing of the model.
 _NAMELESS = re.compile(r"onnx|openvino|torch|weights|latest|v[0-9]+|results|models?")
+# Folders of one training in which Anomalib puts its exports.
+_KINDS = {"onnx", "openvino", "torch", "weights"}
 _ALGORITHM = re.compile(r"anomalib\.models\.(?:image|video)\.([a-z0-9_]+)\.")
 _SYNTHETIC_SIZE = 256
 
@@ -45,6 +47,7 @@ def import_export(
 
     Args:
         path: A folder with model.onnx (and its .data) or model.xml and model.bin, also in subfolders; or one such file.
+            Of several trainings the newest one, which `imported_from` in the lineage names.
         name: The model's name; None takes the nearest folder's that says something.
         parity_images: Images whose scores are recorded now and must come out again wherever the bundle is loaded;
             without any, two that are drawn here.
@@ -55,11 +58,14 @@ def import_export(
         InvalidBundle: EXPORT_NOT_FOUND, EXPORT_UNREADABLE, BUNDLE_OUTPUT_MISSING, BUNDLE_FILE_MISSING, ENGINE_MISSING,
             NAME_UNKNOWN or PARITY_FAILED.
     """
-    found = _find(path)
+    taken, found = _find(path)
     files: dict[str, bytes] = {}
     artefacts: dict[Runtime, Artefact] = {}
     described: tuple[ModelInput, ModelOutputs, int | None] | None = None
-    said: dict[str, Any] = {"trainer": "anomalib", "imported_from": path.name}
+    said: dict[str, Any] = {
+        "trainer": "anomalib",
+        "imported_from": (path.resolve().name / taken.relative_to(path)).as_posix(),
+    }
     if onnx_path := found.get(".onnx"):
         # The external data's name is fixed inside the graph, so both keep theirs.
         model = _read_onnx(onnx_path)
@@ -152,14 +158,36 @@ def _name_of(path: Path) -> str:
     raise InvalidBundle("NAME_UNKNOWN", f"no folder of {path} names the model; give it a name")
 
 
-def _find(path: Path) -> dict[str, Path]:
-    """The newest-looking export: the first file of each kind, by name."""
-    candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found: dict[str, Path] = {}
-    for candidate in candidates:
+def _find(path: Path) -> tuple[Path, dict[str, Path]]:
+    """The folder of the newest training that was exported, and its file of each kind; no file where there is none.
+
+    Beside each other, as Anomalib keeps them, it is what `latest` is or leads to, or else the highest of v0, v1 and so
+    on; of several models, the one exported last.
+    """
+    trainings: dict[Path, dict[str, Path]] = {}
+    for candidate in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if candidate.suffix in {".onnx", ".xml"} and candidate.is_file():
-            found.setdefault(candidate.suffix, candidate)
-    return found
+            trainings.setdefault(_training_of(candidate, path), {}).setdefault(candidate.suffix, candidate)
+    newest = [one for one in trainings if all(_rank(one) >= _rank(o) for o in trainings if o.parent == one.parent)]
+    if not newest:
+        return path, {}
+    taken = max(newest, key=lambda one: max(file.stat().st_mtime for file in trainings[one].values()))
+    return taken, trainings[taken]
+
+
+def _training_of(file: Path, root: Path) -> Path:
+    """The folder below which Anomalib sorts exports by their kind."""
+    folder = file if file == root else file.parent
+    while folder != root and folder.name in _KINDS:
+        folder = folder.parent
+    return folder
+
+
+def _rank(training: Path) -> tuple[bool, int]:
+    """How new a training looks beside others."""
+    number = re.fullmatch(r"v([0-9]+)", training.name)
+    latest = (training.parent / "latest").resolve() == training.resolve()
+    return latest, int(number[1]) if number else -1
 
 
 def _add(files: dict[str, bytes], folder: str, main: Path, names: list[str]) -> Artefact:

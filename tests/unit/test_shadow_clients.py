@@ -1,0 +1,62 @@
+"""Which reviews are counted for a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from vigil.storage.v1 import storage_pb2
+from vigil.types.v1 import types_pb2
+from vigil_shadow.clients import StorageReviews
+from vigil_shadow.report import Report
+
+LIVE, CANDIDATE = (f"sha256:{letter * 64}" for letter in "ab")
+
+
+class Storage:
+    """Answers with these frames."""
+
+    def __init__(self, *frames: storage_pb2.StoredFrame) -> None:
+        self._frames = frames
+
+    async def Query(self, _: storage_pb2.QueryRequest, timeout: float) -> storage_pb2.QueryResponse:  # noqa: ASYNC109, N802 - as gRPC's stub
+        assert timeout
+        return storage_pb2.QueryResponse(frames=self._frames)
+
+
+def reviewed(live_threshold: float, candidate_threshold: float) -> storage_pb2.StoredFrame:
+    """A false alarm of the candidate."""
+    frame = storage_pb2.StoredFrame()
+    frame.verdict.model.digest = LIVE
+    frame.verdict.threshold = live_threshold
+    frame.verdict.label = frame.annotation.label = types_pb2.LABEL_NORMAL
+    frame.labels.update({"candidate_digest": CANDIDATE, "candidate_threshold": repr(candidate_threshold)})
+    return frame
+
+
+async def counted(fields: dict[str, str], *frames: storage_pb2.StoredFrame) -> tuple[int, int]:
+    async with grpc.aio.insecure_channel("localhost:1") as channel:
+        reviews = StorageReviews(channel)
+        stub: Any = Storage(*frames)
+        reviews._stub = stub
+        return await reviews.counts(Report("cells", "12", {"candidate_digest": CANDIDATE, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("live_threshold", "candidate_threshold", "expected"),
+    [(0.5, 0.6, 1), (0.5, 0.6000000238418579, 1), (0.5, 0.3, 0), (0.4, 0.6, 0)],
+)
+async def test_reviews_count_where_both_versions_had_the_thresholds_of_this_comparison(
+    live_threshold: float, candidate_threshold: float, expected: int
+) -> None:
+    fields = {"live_digest": LIVE, "live_threshold_used": "0.5", "candidate_threshold_used": "0.6"}
+    assert await counted(fields, reviewed(live_threshold, candidate_threshold)) == (0, expected)
+
+
+async def test_before_the_first_pair_no_review_counts() -> None:
+    assert await counted({"live_digest": LIVE, "candidate_threshold": "0.6"}, reviewed(0.5, 0.6)) == (0, 0)
+
+
+async def test_a_replay_counts_reviews_whatever_live_was() -> None:
+    assert await counted({"candidate_threshold_used": "0.6"}, reviewed(0.4, 0.6), reviewed(0.5, 0.3)) == (0, 1)
