@@ -220,6 +220,7 @@ async def test_confirm_tells_which_images_stand(stores: Stores) -> None:
     }
     assert await stores.frames.confirm("cells/cam1", expected) == {T0, far.timestamp_us}
     assert await stores.frames.confirm("cells/none", {T0: "x"}) == set()
+    assert await stores.frames.confirm("cells/cam1", {}) == set()
     assert await stores.frames.uptime_s() >= 0
 
 

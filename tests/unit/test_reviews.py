@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from PIL import Image
+from prometheus_client import REGISTRY
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_client import StorageClient
@@ -24,7 +25,7 @@ from vigil_common.store.ports import Labelling, Record
 from vigil_common.store.reduct import ReductFrameStore
 from vigil_common.streams.memory import MemoryStreams
 from vigil_storage import masks
-from vigil_storage.annotations import AnnotationKeeper, Heard, order_of
+from vigil_storage.annotations import Annotation, AnnotationKeeper, Heard, labels_of, order_of, records_of
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews, pick
 from vigil_storage.servicer import IMAGE_PART_BYTES, FrameServicer
@@ -183,6 +184,57 @@ async def test_the_same_annotation_again_is_one_and_its_id_is_no_other_s(bench: 
             await bench.annotate("f1", annotation_id="a1", note="y")
     assert again.applied
     assert len((await bench.get("f1")).annotations) == 1
+
+
+async def test_an_id_may_be_another_s_with_mask_behind_it(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    async with bench.owning():
+        await bench.annotate("f1", mask=drawn(), annotation_id="p1")
+        await bench.annotate("f1", annotation_id="p1.mask")
+        await bench.annotate("f1", mask=drawn(), annotation_id="p1.mask.mask")
+        await bench.all_kept()
+    found = await bench.get("f1")
+    assert [(a.annotation_id, a.masked) for a in found.annotations] == [
+        ("p1", True),
+        ("p1.mask", False),
+        ("p1.mask.mask", True),
+    ]
+    assert found.frame.annotation.annotation_id == "p1.mask.mask"
+    assert found.mask
+
+
+async def test_a_mask_is_found_by_what_it_is_whatever_its_record_is_called(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    mask = drawn()
+    digest = hashlib.sha256(mask).hexdigest()
+    said = Annotation("p1", "f1", "cells/cam1", T0 + 100_000, "anomalous", "Ann", "", T0, digest)
+    drawn_record, said_record = records_of(said, "1-0", mask)
+    called = {**drawn_record.labels, "frame_id": "p1.mask"}
+    await bench.annotations.write([replace(drawn_record, labels=called), said_record])
+    await bench.frames.label([Labelling("cells/cam1", T0 + 100_000, labels_of(said, "1-0"))])
+    assert (await bench.get("f1")).mask == mask
+
+
+async def test_an_annotation_that_the_store_refuses_is_dropped_and_holds_up_no_other(bench: Bench) -> None:
+    def refused() -> float:
+        return REGISTRY.get_sample_value("vigil_storage_refused_annotations_total", {"model": M}) or 0.0
+
+    await bench.frames.write([frame(1), frame(2)])
+    before = refused()
+    async with bench.owning():
+        await bench.annotate("f1", annotation_id="a1", note="stands")
+        await bench.all_kept()
+        another = Annotation("a1", "f1", "cells/cam1", T0 + 100_000, "normal", "Bob", "", T0)
+        with bench.heard.expect("a1") as heard:
+            await bench.log.put(M, "a1", another.encode(), b"")
+            await bench.annotate("f2", annotation_id="a2")
+            await bench.all_kept()
+            assert not heard.is_set()
+    assert refused() == before + 1
+    found = await bench.get("f1")
+    assert [a.note for a in found.annotations] == ["stands"]
+    assert found.frame.annotation.author == "Ann"
+    assert (await bench.get("f2")).frame.annotation.annotation_id == "a2"
 
 
 async def test_labels_that_were_lost_are_made_again_from_the_records(bench: Bench) -> None:

@@ -23,7 +23,7 @@ from vigil_common.store.ports import FrameFilter, Labelling, Record, Written
 from vigil_storage import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from vigil_common.store.ports import FrameStore, StoredRecord
     from vigil_common.streams.ports import QueuedAnnotation, ReviewLog
@@ -109,7 +109,8 @@ def records_of(annotation: Annotation, place: str, mask: bytes) -> list[Record]:
     if mask:
         drawn = {
             **common,
-            "frame_id": f"{annotation.annotation_id}.mask",
+            # No annotation can have this id.
+            "frame_id": f"{annotation.annotation_id}/mask",
             "sha256": annotation.mask_sha256,
             "kind": "mask",
         }
@@ -219,15 +220,16 @@ class AnnotationKeeper:
             self._in_hand.append(_InHand(queued, Annotation.decode(queued.body), since=self._clock()))
 
     async def _apply(self, todo: Sequence[_InHand]) -> None:
-        """Write, then label, in the order of the log."""
+        """Write, then label, in the order of the log; what the store refuses is dropped."""
         for start in range(0, len(todo), BATCH):
             batch = todo[start : start + BATCH]
             await self._write([one for one in batch if not one.written])
+            batch = [one for one in batch if one.written]
             await self._label(batch)
             for one in batch:
                 if one.labelled:
                     self._heard.tell(one.annotation.annotation_id)
-        gone = [one for one in todo if not one.labelled and self._clock() - one.since > GIVE_UP_S]
+        gone = [one for one in todo if one.written and not one.labelled and self._clock() - one.since > GIVE_UP_S]
         if gone:
             log.warning("annotations_without_frame", model=self._model, count=len(gone))
             for one in gone:
@@ -240,11 +242,12 @@ class AnnotationKeeper:
         if not records:
             return
         results = await self._annotations.write([record for _, record in records])
+        refused: dict[_InHand, Exception] = {}
         for (one, record), result in zip(records, results, strict=True):
             if isinstance(result, Written):
                 one.written[result.timestamp_us] = record.labels["sha256"]
             elif not isinstance(result, Unavailable):
-                log.error("annotation_refused", annotation_id=one.annotation.annotation_id, message=str(result))
+                refused[one] = result
         away = [result for result in results if isinstance(result, Unavailable)]
         if away:
             for one in batch:  # whatever stands already is found there
@@ -252,6 +255,25 @@ class AnnotationKeeper:
             raise away[0]
         for one in batch:
             one.due = self._clock() + self._confirm_after_s
+        await self._drop(refused)
+
+    async def _drop(self, refused: Mapping[_InHand, Exception]) -> None:
+        """They can't be kept, now or later."""
+        if not refused:
+            return
+        for one, error in refused.items():
+            one.written = {}
+            said = one.annotation
+            log.error(
+                "annotation_refused",
+                model=self._model,
+                annotation_id=said.annotation_id,
+                frame_id=said.frame_id,
+                message=str(error),
+            )
+        await self._source.done(self._model, [one.queued for one in refused])
+        metrics.REFUSED_ANNOTATIONS.labels(self._model).inc(len(refused))
+        self._in_hand = [one for one in self._in_hand if one not in refused]
 
     async def _label(self, batch: Sequence[_InHand]) -> None:
         """Let the frames' labels say it, unless they say something later."""

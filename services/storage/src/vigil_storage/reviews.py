@@ -203,13 +203,14 @@ class Reviews:
     async def _said(self, frame: StoredRecord) -> list[tuple[Annotation, StoredRecord | None]]:
         """Everything said of a frame in order, each with its mask's record."""
         records = await records_about(self._annotations, frame)
-        drawn = {record.labels["frame_id"]: record for record in records if record.labels.get("kind") == "mask"}
+        drawn = {record.labels["sha256"]: record for record in records if record.labels.get("kind") == "mask"}
         words = [record for record in records if record.labels.get("kind") == "annotation"]
         words.sort(key=lambda record: order_of(record.labels["human_order"]))
         said = []
         for record in words:
             _, body = await self._annotations.read(record.entry, record.timestamp_us)
-            said.append((Annotation.decode(body), drawn.get(f"{record.labels['frame_id']}.mask")))
+            annotation = Annotation.decode(body)
+            said.append((annotation, drawn.get(annotation.mask_sha256)))
         return said
 
     async def reviewed(self, frame: StoredRecord, image: bytes, *, with_mask: bool = True) -> Reviewed:
