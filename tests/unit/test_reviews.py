@@ -21,7 +21,7 @@ from vigil_client import StorageClient
 from vigil_common.access import Principal, Role, enter, principal
 from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
 from vigil_common.store.embedded import EmbeddedFrameStore
-from vigil_common.store.ports import Labelling, Record
+from vigil_common.store.ports import FrameFilter, Labelling, Record
 from vigil_common.store.reduct import ReductFrameStore
 from vigil_common.streams.memory import MemoryStreams
 from vigil_storage import masks
@@ -440,3 +440,25 @@ async def test_what_a_person_said_outlives_a_killed_reductstore(server: ReductSe
         assert found.mask
     await frames.close()
     await annotations.close()
+
+
+@pytest.mark.skipif(find_binary() is None, reason="no reductstore binary")
+async def test_an_owner_that_comes_back_knows_what_was_said_in_between(server: ReductServer) -> None:
+    frames = await ReductFrameStore.open(server.url)
+    annotations = await ReductFrameStore.open(server.url, bucket="vigil-annotations")
+    other = await ReductFrameStore.open(server.url, bucket="vigil-annotations")
+    bench = Bench(frames, annotations, MemoryStreams())
+    await frames.write([frame(1), frame(2)])
+    async with bench.owning():
+        await bench.annotate("f1")
+    times = range(T0 + 110_001, T0 + 290_001, 4_000)
+    said = [Annotation(f"b{at}", "f9", "cells/cam1", at, "normal", "Bob", "", at) for at in times]
+    await other.write([record for one in said for record in records_of(one, "1-0", b"")])
+    async with bench.owning():
+        await bench.annotate("f2")
+        await bench.all_kept()
+    (late,) = [one async for one in annotations.query(FrameFilter(["cells/*"], equals={"annotates": "f2"}), limit=9)]
+    assert late.entry == "cells/cam1/2"
+    assert not annotations.tracks.knows("cells/cam1")
+    for store in (frames, annotations, other):
+        await store.close()

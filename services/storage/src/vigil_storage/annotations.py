@@ -202,6 +202,14 @@ class AnnotationKeeper:
 
     async def run(self) -> None:
         """Keep until cancelled, first what an earlier owner left."""
+        # Other owners write before and after.
+        self._annotations.forget(self._model)
+        try:
+            await self._keep()
+        finally:
+            self._annotations.forget(self._model)
+
+    async def _keep(self) -> None:
         while True:
             try:
                 await self._collect()
