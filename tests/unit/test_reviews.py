@@ -186,6 +186,22 @@ async def test_the_same_annotation_again_is_one_and_its_id_is_no_other_s(bench: 
     assert len((await bench.get("f1")).annotations) == 1
 
 
+async def test_an_id_that_still_waits_is_no_other_s_either(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vigil_storage.reviews.APPLIED_S", 0.0)
+    monkeypatch.setattr("vigil_storage.reviews.POLL_S", 0.01)
+    await bench.frames.write([frame(1), frame(2)])
+    first = await bench.annotate("f1", annotation_id="a1", note="x")
+    for frame_id, note in (("f1", "y"), ("f2", "x")):
+        with pytest.raises(Conflict, match="another annotation") as refused:
+            await bench.annotate(frame_id, annotation_id="a1", note=note)
+        assert refused.value.reason == "ANNOTATION_ID_REUSED"
+    assert await bench.annotate("f1", annotation_id="a1", note="x") == first
+    async with bench.owning():
+        await bench.all_kept()
+    assert [a.note for a in (await bench.get("f1")).annotations] == ["x"]
+    assert not (await bench.get("f2")).annotations
+
+
 async def test_an_id_may_be_another_s_with_mask_behind_it(bench: Bench) -> None:
     await bench.frames.write([frame(1)])
     async with bench.owning():

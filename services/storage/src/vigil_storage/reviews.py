@@ -101,6 +101,13 @@ def _check(remark: Remark) -> None:
         raise InvalidInput("MASK_ON_NORMAL", "a normal frame has no anomalous region; leave the mask out")
 
 
+def _first(before: Annotation, said: Annotation) -> Annotation:
+    """The first of two of one id; `Conflict` where they are not the same but for their times."""
+    if replace(said, annotated_at_us=before.annotated_at_us) != before:
+        raise Conflict("ANNOTATION_ID_REUSED", f"{said.annotation_id} stands for another annotation")
+    return before
+
+
 class Reviews:
     """What the service offers to people.
 
@@ -164,16 +171,15 @@ class Reviews:
         if remark.annotation_id:
             for before in await self._history(frame):
                 if before.annotation_id == said.annotation_id:
-                    if replace(said, annotated_at_us=before.annotated_at_us) != before:
-                        raise Conflict("ANNOTATION_ID_REUSED", f"{said.annotation_id} stands for another annotation")
-                    return before, True
+                    return _first(before, said), True
         with self._heard.expect(said.annotation_id) as shows:
-            place = await self._log.put(remark.model, said.annotation_id, said.encode(), mask)
-            if place is None:
+            waits = await self._log.put(remark.model, said.annotation_id, said.encode(), mask)
+            if waits is None:
                 raise QueueFull(
                     "ANNOTATIONS_FULL", "too many annotations wait for the store; try again", retry_after_s=RETRY_S
                 )
-            return said, await self._applied(frame, place, shows)
+            place, body = waits
+            return _first(Annotation.decode(body), said), await self._applied(frame, place, shows)
 
     async def _find(self, model: str, frame_id: str, camera: str) -> StoredRecord:
         try:
