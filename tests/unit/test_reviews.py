@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,13 @@ from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_client import StorageClient
 from vigil_common.access import Principal, Role, enter, principal
-from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
+from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
 from vigil_common.store.embedded import EmbeddedFrameStore
-from vigil_common.store.ports import FrameFilter, Labelling, Record
+from vigil_common.store.ports import FrameFilter, Labelling, Record, Written
 from vigil_common.store.reduct import ReductFrameStore
 from vigil_common.streams.memory import MemoryStreams
 from vigil_storage import masks
-from vigil_storage.annotations import Annotation, AnnotationKeeper, Heard, labels_of, order_of, records_of
+from vigil_storage.annotations import GIVE_UP_S, Annotation, AnnotationKeeper, Heard, labels_of, order_of, records_of
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews, pick
 from vigil_storage.servicer import IMAGE_PART_BYTES, FrameServicer
@@ -33,9 +34,10 @@ from vigil_storage.servicer import IMAGE_PART_BYTES, FrameServicer
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
+    from vigil_common.errors import VigilError
     from vigil_common.store.ports import FrameStore
 
 M = "cells"
@@ -104,8 +106,10 @@ class Bench:
         return [one.header.frame_id for one in found.frames]
 
     @asynccontextmanager
-    async def owning(self) -> AsyncIterator[None]:
-        keeper = AnnotationKeeper(M, self.log, self.annotations, self.frames, confirm_after_s=0.05, heard=self.heard)
+    async def owning(self, clock: Callable[[], float] = time.monotonic) -> AsyncIterator[None]:
+        keeper = AnnotationKeeper(
+            M, self.log, self.annotations, self.frames, confirm_after_s=0.05, heard=self.heard, clock=clock
+        )
         task = asyncio.create_task(keeper.run())
         try:
             yield
@@ -229,6 +233,64 @@ async def test_a_mask_is_found_by_what_it_is_whatever_its_record_is_called(bench
     await bench.annotations.write([replace(drawn_record, labels=called), said_record])
     await bench.frames.label([Labelling("cells/cam1", T0 + 100_000, labels_of(said, "1-0"))])
     assert (await bench.get("f1")).mask == mask
+
+
+class Away:
+    """A store that can be away."""
+
+    def __init__(self, store: FrameStore) -> None:
+        self.store = store
+        self.away = False
+
+    async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
+        return [self._trouble()] * len(records) if self.away else await self.store.write(records)
+
+    async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
+        return [self._trouble()] * len(changes) if self.away else await self.store.label(changes)
+
+    def _trouble(self) -> Unavailable:
+        return Unavailable("STORE_UNAVAILABLE", "away")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("part", ["annotations", "frames"])
+async def test_a_frame_is_waited_for_after_a_long_outage_as_after_a_short_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr("vigil_storage.annotations.UNAVAILABLE_S", 0.01)
+    away = Away(getattr(bench, part))
+    setattr(bench, part, away)
+    skipped_s = 0.0
+    said = Annotation("a1", "f1", "cells/cam1", T0 + 100_000, "normal", "Ann", "", T0)
+    await bench.log.put(M, "a1", said.encode(), b"")
+    async with bench.owning(clock=lambda: time.monotonic() + skipped_s):
+        if part == "frames":
+            await asyncio.sleep(0.1)  # its frame is missed already
+        away.away = True
+        await asyncio.sleep(0.4)
+        skipped_s = 2 * GIVE_UP_S
+        await asyncio.sleep(0.4)
+        away.away = False
+        await asyncio.sleep(0.4)
+        assert await bench.log.read(M, "0", count=1, block_ms=0)
+        await bench.frames.write([frame(1)])
+        await bench.all_kept()
+    assert (await bench.get("f1")).frame.annotation.label == NORMAL
+
+
+async def test_a_frame_that_does_not_come_back_is_given_up(bench: Bench) -> None:
+    skipped_s = 0.0
+    said = Annotation("a1", "f1", "cells/cam1", T0 + 100_000, "normal", "Ann", "", T0)
+    await bench.log.put(M, "a1", said.encode(), b"")
+    async with bench.owning(clock=lambda: time.monotonic() + skipped_s):
+        await asyncio.sleep(0.6)
+        assert await bench.log.read(M, "0", count=1, block_ms=0)
+        async with asyncio.timeout(10):
+            while await bench.log.read(M, "0", count=1, block_ms=0):
+                skipped_s += GIVE_UP_S
+                await asyncio.sleep(0.05)
 
 
 async def test_an_annotation_that_the_store_refuses_is_dropped_and_holds_up_no_other(bench: Bench) -> None:

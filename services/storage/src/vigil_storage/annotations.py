@@ -160,9 +160,11 @@ class Heard:
 class _InHand:
     queued: QueuedAnnotation
     annotation: Annotation
-    since: float
     written: dict[int, str] = field(default_factory=dict)
     labelled: bool = False
+    # Since when its frame is missed, and whether it is expected no more.
+    missing_since: float | None = None
+    given_up: bool = False
     due: float = 0.0
 
 
@@ -216,6 +218,8 @@ class AnnotationKeeper:
                 await self._apply([one for one in self._in_hand if not one.labelled])
                 await self._confirm()
             except Unavailable as error:
+                for one in self._in_hand:  # frames may be on their way back into a store that was away
+                    one.missing_since = None
                 log.warning("annotations_wait", model=self._model, reason=error.reason, message=error.message)
                 await asyncio.sleep(UNAVAILABLE_S)
 
@@ -225,7 +229,7 @@ class AnnotationKeeper:
             return
         for queued in await self._source.read(self._model, self._after, count=BATCH, block_ms=READ_BLOCK_MS):
             self._after = queued.place
-            self._in_hand.append(_InHand(queued, Annotation.decode(queued.body), since=self._clock()))
+            self._in_hand.append(_InHand(queued, Annotation.decode(queued.body)))
 
     async def _apply(self, todo: Sequence[_InHand]) -> None:
         """Write, then label, in the order of the log; what the store refuses is dropped."""
@@ -237,11 +241,15 @@ class AnnotationKeeper:
             for one in batch:
                 if one.labelled:
                     self._heard.tell(one.annotation.annotation_id)
-        gone = [one for one in todo if one.written and not one.labelled and self._clock() - one.since > GIVE_UP_S]
+        gone = [one for one in todo if not one.labelled and self._missing_s(one) > GIVE_UP_S]
         if gone:
             log.warning("annotations_without_frame", model=self._model, count=len(gone))
             for one in gone:
-                one.labelled = True
+                one.labelled = one.given_up = True
+
+    def _missing_s(self, one: _InHand) -> float:
+        """For how long its frame has not been there, as often as a store that answered was asked."""
+        return 0.0 if one.missing_since is None else self._clock() - one.missing_since
 
     async def _write(self, batch: Sequence[_InHand]) -> None:
         records = [
@@ -295,6 +303,10 @@ class AnnotationKeeper:
         for one in todo:
             error = results[one.annotation.entry, one.annotation.frame_at_us]
             one.labelled = error is None
+            if error is None or isinstance(error, Unavailable):
+                one.missing_since = None
+            elif one.missing_since is None:
+                one.missing_since = self._clock()
             if error is not None and not isinstance(error, NotFound | Unavailable):
                 log.error("annotation_label_refused", annotation_id=one.annotation.annotation_id, reason=error.reason)
 
@@ -326,11 +338,11 @@ class AnnotationKeeper:
         kept = [
             one
             for one, times in zip(due, found, strict=True)
-            if times == one.written.keys() and (one in stand or now - one.since > GIVE_UP_S)
+            if times == one.written.keys() and (one in stand or one.given_up)
         ]
         for one in due:
             if one not in kept:
-                one.written, one.labelled = {}, False
+                one.written, one.labelled, one.missing_since, one.given_up = {}, False, None, False
         if len(kept) < len(due):
             log.warning("annotations_vanished", model=self._model, count=len(due) - len(kept))
         await self._source.done(self._model, [one.queued for one in kept])
