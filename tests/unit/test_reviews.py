@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vigil_common.errors import VigilError
-    from vigil_common.store.ports import FrameStore
+    from vigil_common.store.ports import FrameStore, StoredRecord
 
 M = "cells"
 T0 = 1_750_000_000_000_000
@@ -422,6 +422,50 @@ async def test_the_queue_gives_disagreements_then_what_is_near_the_threshold_the
         everything = {name for name, _ in [*first, *second, *again, *await bench.queue(size=200)]}
         assert everything == {f"f{n}" for n in range(100)}
         assert await bench.queue(size=200) == []
+
+
+class Slow:
+    """A store of very many old records: what is asked of before a time takes for ever."""
+
+    def __init__(self, store: FrameStore, before_us: int) -> None:
+        self.store = store
+        self.before_us = before_us
+        self.asked: list[FrameFilter] = []
+
+    async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
+        self.asked.append(where)
+        async for record in self.store.query(where, limit=limit):
+            yield record
+        if (where.start_us or 0) < self.before_us:
+            await asyncio.Event().wait()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+async def test_the_queue_looks_back_from_now_to_the_first_frame_there_is(bench: Bench) -> None:
+    old = [replace(frame(number), timestamp_us=number * 10**9) for number in (1, 2)]
+    await bench.frames.write([*old, frame(3), frame(4)])
+    split = [Labelling("cells/cam1", at, {"agree": "false"}) for at in (old[1].timestamp_us, T0 + 400_000)]
+    assert await bench.frames.label(split) == [None, None]
+    assert await bench.queue(size=1, peek=True) == [("f4", "DISAGREEMENT")]
+    given = await bench.queue(size=10)
+    assert given[:2] == [("f4", "DISAGREEMENT"), ("f2", "DISAGREEMENT")]
+    assert {name for name, _ in given[2:]} == {"f1", "f3"}
+
+
+async def test_a_queue_of_a_store_too_large_to_look_through_holds_what_was_found_in_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vigil_storage.reviews.LOOK_S", 0.3)
+    await bench.frames.write([replace(frame(1), timestamp_us=10**9), frame(2), frame(3)])
+    assert await bench.frames.label([Labelling("cells/cam1", T0 + 300_000, {"agree": "false"})]) == [None]
+    slow = Slow(bench.frames, before_us=T0 - 86_400_000_000)
+    async with asyncio.timeout(5):
+        given = await Bench(slow, bench.annotations, MemoryStreams()).queue(size=10)
+    assert given[0] == ("f3", "DISAGREEMENT")
+    assert ("f2", "UNCERTAIN") in given
+    assert max(where.start_us or 0 for where in slow.asked) > T0 - 86_400_000_000
 
 
 def test_a_queue_of_nothing_is_empty() -> None:

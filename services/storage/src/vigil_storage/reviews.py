@@ -35,9 +35,10 @@ POLL_S = 0.5
 RETRY_S = 2.0
 DEFAULT_SIZE, MAX_SIZE = 20, 200
 # Newest records looked at for the review queue; the first look reaches back so far, each further one four times as far.
+# A store may have more records than can be looked at while somebody waits.
 SCAN = 10_000
 FIRST_LOOK_US = 3_600_000_000
-OLDEST_US = 946_684_800_000_000
+LOOK_S = 5.0
 EXPORT_PAGE = 500
 # Of what is not a disagreement, this share is picked by chance.
 RANDOM_SHARE = 0.2
@@ -239,14 +240,10 @@ class Reviews:
         model = where.entries[0].partition("/")[0]
         seen = set() if again else await self._log.given(model, reviewer)
         where = replace(where, start_us=since_us, equals={"outcome": "judged"}, absent=() if again else ("human",))
-        disagreeing: list[StoredRecord] = []
         split = replace(where, equals={**where.equals, "agree": "false"})
-        async with aclosing(self._frames.query(split, limit=size + len(seen))) as found:  # type: ignore[type-var]
-            async for record in found:
-                if record.labels["frame_id"] not in seen and len(disagreeing) < size:
-                    disagreeing.append(record)
+        disagreeing = await self._newest(split, seen, limit=size)
         seen = seen | {record.labels["frame_id"] for record in disagreeing}
-        others = [record for record in await self._newest(where) if record.labels["frame_id"] not in seen]
+        others = await self._newest(where, seen, limit=SCAN)
         given = [
             *((record, "disagreement") for record in disagreeing),
             *pick(others, size - len(disagreeing), self._chance),
@@ -255,16 +252,27 @@ class Reviews:
             await self._log.give(model, reviewer, [record.labels["frame_id"] for record, _ in given])
         return given
 
-    async def _newest(self, where: FrameFilter) -> list[StoredRecord]:
-        """At most `SCAN` matching records, by looks that reach back ever further: the store gives the oldest first."""
+    async def _newest(self, where: FrameFilter, seen: set[str], *, limit: int) -> list[StoredRecord]:
+        """Matching records but those seen, by looks that reach back ever further: the store gives the oldest first.
+
+        What is found within `LOOK_S` is all: few may match, of more than can be looked at.
+        """
         newest: list[StoredRecord] = []
         stop, span = self._now_us() + FIRST_LOOK_US, 2 * FIRST_LOOK_US
-        oldest = max(where.start_us or 0, OLDEST_US)
-        while stop > oldest and len(newest) < SCAN:
-            start = max(stop - span, oldest)
-            window = replace(where, start_us=start, stop_us=stop)
-            newest += [record async for record in self._frames.query(window, limit=SCAN - len(newest))]
-            stop, span = start, 4 * span
+        oldest = max(where.start_us or 0, 0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                while stop > oldest and len(newest) < limit:
+                    start = max(stop - span, oldest)
+                    window = replace(where, start_us=start, stop_us=stop)
+                    query = self._frames.query(window, limit=limit - len(newest) + len(seen))
+                    async with aclosing(query) as found:  # type: ignore[type-var]
+                        async for record in found:
+                            if record.labels["frame_id"] not in seen:
+                                newest.append(record)
+                            if len(newest) == limit:
+                                break
+                    stop, span = start, 4 * span
         return newest
 
     async def export(self, where: FrameFilter, *, decided: bool) -> AsyncIterator[Reviewed]:
