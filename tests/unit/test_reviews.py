@@ -487,6 +487,20 @@ async def test_an_export_gives_what_people_said_with_images_and_masks(bench: Ben
     assert [one.frame.header.frame_id async for one in bench.api.Export(request, None)] == ["f1"]
 
 
+async def test_an_export_goes_by_what_people_say_when_a_frame_s_turn_comes(bench: Bench) -> None:
+    await bench.frames.write([frame(n) for n in range(4)])
+    async with bench.owning():
+        for number, label in enumerate((NORMAL, NORMAL, UNSURE, ANOMALOUS)):
+            await bench.annotate(f"f{number}", label)
+        exported = bench.api.Export(storage_pb2.ExportRequest(model=M, decided=True), None)
+        found = [await anext(exported)]
+        await bench.annotate("f1", UNSURE)
+        await bench.annotate("f2", NORMAL)
+        found += [one async for one in exported]
+    said = [(one.frame.header.frame_id, one.frame.annotation.label) for one in found]
+    assert said == [("f0", NORMAL), ("f2", NORMAL), ("f3", ANOMALOUS)]
+
+
 async def test_an_export_holds_images_larger_than_any_message(bench: Bench) -> None:
     images = [os.urandom(size) for size in (70 << 20, 1000, IMAGE_PART_BYTES, IMAGE_PART_BYTES + 1)]
     for number, image in enumerate(images):

@@ -285,9 +285,10 @@ class Reviews:
             found = [record async for record in self._frames.query(replace(where, start_us=start_us), limit=limit)]
             given, after = domain.page(found, EXPORT_PAGE, after)
             for frame in given:
-                if decided and frame.labels["human"] == "unsure":
-                    continue
                 stored, image = await self._frames.read(frame.entry, frame.timestamp_us)
+                # People may say more while this goes on.
+                if decided and stored.labels.get("human", "unsure") == "unsure":
+                    continue
                 yield await self.reviewed(stored, image)
             if after is None:
                 return
