@@ -159,6 +159,18 @@ async def test_frames_of_one_time_on_both_sides_keep_apart(both: Both) -> None:
     assert again == [Written(places[2], existed=True), Written(places[1], existed=True)]
 
 
+async def test_what_was_stored_before_there_was_a_quota_is_labelled_where_it_is(both: Both) -> None:
+    places = await write(both.kept, *(frame(number, at=T0 + number) for number in range(4)))
+    assert [at % 2 for at in places] == [0, 1, 0, 1]
+    said = [Labelling("cells/cam1", at, {"human": "anomalous"}) for at in places[:2]]
+    compared = [Labelling("cells/cam1", at, {"agree": "true"}) for at in places]
+    assert await both.store.label(compared) == [None] * 4
+    assert await both.store.label([*said, Labelling("cells/cam1", places[1], {"human": "unsure"})]) == [None] * 3
+    assert await found(both.store, FrameFilter(["cells/*"], equals={"agree": "true"})) == ["f0", "f1", "f2", "f3"]
+    assert await found(both.store, FrameFilter(["cells/*"], equals={"human": "unsure"})) == ["f1"]
+    assert await found(both.passing) == []
+
+
 async def test_pages_go_on_where_they_ended_over_both(both: Both) -> None:
     await write(both.store, *(frame(number, "anomalous" if number % 3 == 0 else "normal") for number in range(12)))
     assert await found(both.store, limit=5) == [f"f{number}" for number in range(5)]

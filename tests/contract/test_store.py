@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import random
+import threading
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -220,6 +221,7 @@ async def test_confirm_tells_which_images_stand(stores: Stores) -> None:
     }
     assert await stores.frames.confirm("cells/cam1", expected) == {T0, far.timestamp_us}
     assert await stores.frames.confirm("cells/none", {T0: "x"}) == set()
+    assert await stores.frames.confirm("cells/cam1", {}) == set()
     assert await stores.frames.uptime_s() >= 0
 
 
@@ -482,6 +484,40 @@ async def test_an_altered_image_is_not_given_out(tmp_path: Path) -> None:
 
 
 @needs_reduct
+async def test_a_write_cut_off_before_it_began_holds_up_no_other(tmp_path: Path) -> None:
+    store = await EmbeddedFrameStore.open(tmp_path)
+    busy = threading.Event()
+    await store._db.create_function("wait", 0, lambda: busy.wait(10))
+    other = asyncio.create_task(store._db.execute_fetchall("SELECT wait()"))
+    await asyncio.sleep(0)
+    cut = asyncio.create_task(store.write([record("f1")]))
+    await asyncio.sleep(0.05)
+    cut.cancel()
+    await asyncio.sleep(0)
+    cut.cancel()
+    after = asyncio.create_task(store.write([record("f2")]))
+    await asyncio.sleep(0.05)
+    busy.set()
+    await other
+    with pytest.raises(asyncio.CancelledError):
+        await cut
+    assert await after == [Written(T0)]
+    assert await found(store) == ["f2"]
+    await store.close()
+
+
+async def test_a_commit_that_failed_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = await EmbeddedFrameStore.open(tmp_path)
+    execute = store._db.execute
+    with monkeypatch.context() as patch:
+        patch.setattr(store._db, "execute", lambda sql, *more: execute("full" if sql == "COMMIT" else sql, *more))
+        (refused,) = await store.write([record("f1")])
+        assert isinstance(refused, Unavailable)
+    assert await store.write([record("f2")]) == [Written(T0)]
+    assert await found(store) == ["f2"]
+    await store.close()
+
+
 async def test_no_condition_is_made_of_values_the_server_would_read_otherwise() -> None:
     assert condition("v", "$and") is None
     assert condition("v", "&x") is None

@@ -561,13 +561,16 @@ async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams)
     log = streams.reviews
     first = await log.put(M, "a1", b"one", b"\x00mask")
     second = await log.put(M, "a2", b"two", b"")
-    assert await log.put(M, "a1", b"one", b"\x00mask") == first
+    third = await log.put(M, "a3", b"\xff\x00three", b"")
+    assert await log.put(M, "a1", b"another", b"") == first
+    assert await log.put(M, "a3", b"another", b"") == third
     found = await log.read(M, "0", count=10, block_ms=100)
     assert [(one.annotation_id, one.body, one.mask) for one in found] == [
         ("a1", b"one", b"\x00mask"),
         ("a2", b"two", b""),
+        ("a3", b"\xff\x00three", b""),
     ]
-    assert [one.place for one in found] == [first, second]
+    assert [(one.place, one.body) for one in found] == [first, second, third]
     assert await log.read(M, found[0].place, count=10, block_ms=10) == found[1:]
     await log.done(M, found[:1])
     assert await log.read(M, "0", count=10, block_ms=10) == found[1:]
@@ -578,10 +581,13 @@ async def test_what_people_say_waits_in_order_until_it_is_done(streams: Streams)
 
 async def test_the_log_of_what_people_say_is_bounded(streams: Streams) -> None:
     log = streams.reviews
-    for number in range(log.LIMIT):
-        assert await log.put(M, f"a{number}", b"x", b"")
+    put: list[tuple[str, bytes] | None] = []
+    for start in range(0, log.LIMIT, 16):  # at once, so that some are of the same millisecond
+        some = (log.put(M, f"a{n}", f"said {n}".encode(), b"") for n in range(start, start + 16))
+        put += await asyncio.gather(*some)
+    assert [one[1] for one in put if one] == [f"said {n}".encode() for n in range(log.LIMIT)]
     assert await log.put(M, "more", b"x", b"") is None
-    assert await log.put(M, "a0", b"x", b"")
+    assert [await log.put(M, f"a{n}", b"x", b"") for n in range(log.LIMIT)] == put
     await log.done(M, await log.read(M, "0", count=1, block_ms=10))
     assert await log.put(M, "more", b"x", b"")
 

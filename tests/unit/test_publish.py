@@ -72,6 +72,7 @@ async def test_a_version_that_is_taken_by_another_bundle_is_refused(publisher: P
     assert taken.value.reason == "VERSION_EXISTS"
     assert await publisher.versions() == [1]
     assert (await publisher.publish(a_bundle(b"a"), version=7)).model.version.version == 7
+    assert (await publisher.publish(a_bundle(b"b"), version=2**31 - 1)).created
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,8 @@ async def test_a_version_that_is_taken_by_another_bundle_is_refused(publisher: P
         ({"digest": ""}, "HEADER_INVALID"),
         ({"name": "other"}, "NAME_MISMATCH"),
         ({"name": "../x"}, "HEADER_INVALID"),
+        ({"version": 2**31}, "VERSION_INVALID"),
+        ({"version": 2**64 - 1}, "VERSION_INVALID"),
         ({"size_bytes": 0}, "BUNDLE_TOO_LARGE"),
         ({"size_bytes": 2**40}, "BUNDLE_TOO_LARGE"),
         ({"size_bytes": 100}, "BUNDLE_TOO_LARGE"),

@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import random
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import pytest
 from PIL import Image
+from prometheus_client import REGISTRY
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_client import StorageClient
 from vigil_common.access import Principal, Role, enter, principal
-from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull
+from vigil_common.errors import Conflict, InvalidInput, NotFound, QueueFull, Unavailable
 from vigil_common.store.embedded import EmbeddedFrameStore
-from vigil_common.store.ports import Labelling, Record
+from vigil_common.store.ports import FrameFilter, Labelling, Record, Written
 from vigil_common.store.reduct import ReductFrameStore
 from vigil_common.streams.memory import MemoryStreams
 from vigil_storage import masks
-from vigil_storage.annotations import AnnotationKeeper, Heard, order_of
+from vigil_storage.annotations import GIVE_UP_S, Annotation, AnnotationKeeper, Heard, labels_of, order_of, records_of
 from vigil_storage.app import Storage
 from vigil_storage.reviews import Reviews, pick
 from vigil_storage.servicer import IMAGE_PART_BYTES, FrameServicer
@@ -32,10 +34,11 @@ from vigil_storage.servicer import IMAGE_PART_BYTES, FrameServicer
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from pathlib import Path
 
-    from vigil_common.store.ports import FrameStore
+    from vigil_common.errors import VigilError
+    from vigil_common.store.ports import FrameStore, StoredRecord
 
 M = "cells"
 T0 = 1_750_000_000_000_000
@@ -103,8 +106,10 @@ class Bench:
         return [one.header.frame_id for one in found.frames]
 
     @asynccontextmanager
-    async def owning(self) -> AsyncIterator[None]:
-        keeper = AnnotationKeeper(M, self.log, self.annotations, self.frames, confirm_after_s=0.05, heard=self.heard)
+    async def owning(self, clock: Callable[[], float] = time.monotonic) -> AsyncIterator[None]:
+        keeper = AnnotationKeeper(
+            M, self.log, self.annotations, self.frames, confirm_after_s=0.05, heard=self.heard, clock=clock
+        )
         task = asyncio.create_task(keeper.run())
         try:
             yield
@@ -183,6 +188,131 @@ async def test_the_same_annotation_again_is_one_and_its_id_is_no_other_s(bench: 
             await bench.annotate("f1", annotation_id="a1", note="y")
     assert again.applied
     assert len((await bench.get("f1")).annotations) == 1
+
+
+async def test_an_id_that_still_waits_is_no_other_s_either(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vigil_storage.reviews.APPLIED_S", 0.0)
+    monkeypatch.setattr("vigil_storage.reviews.POLL_S", 0.01)
+    await bench.frames.write([frame(1), frame(2)])
+    first = await bench.annotate("f1", annotation_id="a1", note="x")
+    for frame_id, note in (("f1", "y"), ("f2", "x")):
+        with pytest.raises(Conflict, match="another annotation") as refused:
+            await bench.annotate(frame_id, annotation_id="a1", note=note)
+        assert refused.value.reason == "ANNOTATION_ID_REUSED"
+    assert await bench.annotate("f1", annotation_id="a1", note="x") == first
+    async with bench.owning():
+        await bench.all_kept()
+    assert [a.note for a in (await bench.get("f1")).annotations] == ["x"]
+    assert not (await bench.get("f2")).annotations
+
+
+async def test_an_id_may_be_another_s_with_mask_behind_it(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    async with bench.owning():
+        await bench.annotate("f1", mask=drawn(), annotation_id="p1")
+        await bench.annotate("f1", annotation_id="p1.mask")
+        await bench.annotate("f1", mask=drawn(), annotation_id="p1.mask.mask")
+        await bench.all_kept()
+    found = await bench.get("f1")
+    assert [(a.annotation_id, a.masked) for a in found.annotations] == [
+        ("p1", True),
+        ("p1.mask", False),
+        ("p1.mask.mask", True),
+    ]
+    assert found.frame.annotation.annotation_id == "p1.mask.mask"
+    assert found.mask
+
+
+async def test_a_mask_is_found_by_what_it_is_whatever_its_record_is_called(bench: Bench) -> None:
+    await bench.frames.write([frame(1)])
+    mask = drawn()
+    digest = hashlib.sha256(mask).hexdigest()
+    said = Annotation("p1", "f1", "cells/cam1", T0 + 100_000, "anomalous", "Ann", "", T0, digest)
+    drawn_record, said_record = records_of(said, "1-0", mask)
+    called = {**drawn_record.labels, "frame_id": "p1.mask"}
+    await bench.annotations.write([replace(drawn_record, labels=called), said_record])
+    await bench.frames.label([Labelling("cells/cam1", T0 + 100_000, labels_of(said, "1-0"))])
+    assert (await bench.get("f1")).mask == mask
+
+
+class Away:
+    """A store that can be away."""
+
+    def __init__(self, store: FrameStore) -> None:
+        self.store = store
+        self.away = False
+
+    async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
+        return [self._trouble()] * len(records) if self.away else await self.store.write(records)
+
+    async def label(self, changes: Sequence[Labelling]) -> list[VigilError | None]:
+        return [self._trouble()] * len(changes) if self.away else await self.store.label(changes)
+
+    def _trouble(self) -> Unavailable:
+        return Unavailable("STORE_UNAVAILABLE", "away")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("part", ["annotations", "frames"])
+async def test_a_frame_is_waited_for_after_a_long_outage_as_after_a_short_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr("vigil_storage.annotations.UNAVAILABLE_S", 0.01)
+    away = Away(getattr(bench, part))
+    setattr(bench, part, away)
+    skipped_s = 0.0
+    said = Annotation("a1", "f1", "cells/cam1", T0 + 100_000, "normal", "Ann", "", T0)
+    await bench.log.put(M, "a1", said.encode(), b"")
+    async with bench.owning(clock=lambda: time.monotonic() + skipped_s):
+        if part == "frames":
+            await asyncio.sleep(0.1)  # its frame is missed already
+        away.away = True
+        await asyncio.sleep(0.4)
+        skipped_s = 2 * GIVE_UP_S
+        await asyncio.sleep(0.4)
+        away.away = False
+        await asyncio.sleep(0.4)
+        assert await bench.log.read(M, "0", count=1, block_ms=0)
+        await bench.frames.write([frame(1)])
+        await bench.all_kept()
+    assert (await bench.get("f1")).frame.annotation.label == NORMAL
+
+
+async def test_a_frame_that_does_not_come_back_is_given_up(bench: Bench) -> None:
+    skipped_s = 0.0
+    said = Annotation("a1", "f1", "cells/cam1", T0 + 100_000, "normal", "Ann", "", T0)
+    await bench.log.put(M, "a1", said.encode(), b"")
+    async with bench.owning(clock=lambda: time.monotonic() + skipped_s):
+        await asyncio.sleep(0.6)
+        assert await bench.log.read(M, "0", count=1, block_ms=0)
+        async with asyncio.timeout(10):
+            while await bench.log.read(M, "0", count=1, block_ms=0):
+                skipped_s += GIVE_UP_S
+                await asyncio.sleep(0.05)
+
+
+async def test_an_annotation_that_the_store_refuses_is_dropped_and_holds_up_no_other(bench: Bench) -> None:
+    def refused() -> float:
+        return REGISTRY.get_sample_value("vigil_storage_refused_annotations_total", {"model": M}) or 0.0
+
+    await bench.frames.write([frame(1), frame(2)])
+    before = refused()
+    async with bench.owning():
+        await bench.annotate("f1", annotation_id="a1", note="stands")
+        await bench.all_kept()
+        another = Annotation("a1", "f1", "cells/cam1", T0 + 100_000, "normal", "Bob", "", T0)
+        with bench.heard.expect("a1") as heard:
+            await bench.log.put(M, "a1", another.encode(), b"")
+            await bench.annotate("f2", annotation_id="a2")
+            await bench.all_kept()
+            assert not heard.is_set()
+    assert refused() == before + 1
+    found = await bench.get("f1")
+    assert [a.note for a in found.annotations] == ["stands"]
+    assert found.frame.annotation.author == "Ann"
+    assert (await bench.get("f2")).frame.annotation.annotation_id == "a2"
 
 
 async def test_labels_that_were_lost_are_made_again_from_the_records(bench: Bench) -> None:
@@ -294,6 +424,50 @@ async def test_the_queue_gives_disagreements_then_what_is_near_the_threshold_the
         assert await bench.queue(size=200) == []
 
 
+class Slow:
+    """A store of very many old records: what is asked of before a time takes for ever."""
+
+    def __init__(self, store: FrameStore, before_us: int) -> None:
+        self.store = store
+        self.before_us = before_us
+        self.asked: list[FrameFilter] = []
+
+    async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
+        self.asked.append(where)
+        async for record in self.store.query(where, limit=limit):
+            yield record
+        if (where.start_us or 0) < self.before_us:
+            await asyncio.Event().wait()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+async def test_the_queue_looks_back_from_now_to_the_first_frame_there_is(bench: Bench) -> None:
+    old = [replace(frame(number), timestamp_us=number * 10**9) for number in (1, 2)]
+    await bench.frames.write([*old, frame(3), frame(4)])
+    split = [Labelling("cells/cam1", at, {"agree": "false"}) for at in (old[1].timestamp_us, T0 + 400_000)]
+    assert await bench.frames.label(split) == [None, None]
+    assert await bench.queue(size=1, peek=True) == [("f4", "DISAGREEMENT")]
+    given = await bench.queue(size=10)
+    assert given[:2] == [("f4", "DISAGREEMENT"), ("f2", "DISAGREEMENT")]
+    assert {name for name, _ in given[2:]} == {"f1", "f3"}
+
+
+async def test_a_queue_of_a_store_too_large_to_look_through_holds_what_was_found_in_time(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vigil_storage.reviews.LOOK_S", 0.3)
+    await bench.frames.write([replace(frame(1), timestamp_us=10**9), frame(2), frame(3)])
+    assert await bench.frames.label([Labelling("cells/cam1", T0 + 300_000, {"agree": "false"})]) == [None]
+    slow = Slow(bench.frames, before_us=T0 - 86_400_000_000)
+    async with asyncio.timeout(5):
+        given = await Bench(slow, bench.annotations, MemoryStreams()).queue(size=10)
+    assert given[0] == ("f3", "DISAGREEMENT")
+    assert ("f2", "UNCERTAIN") in given
+    assert max(where.start_us or 0 for where in slow.asked) > T0 - 86_400_000_000
+
+
 def test_a_queue_of_nothing_is_empty() -> None:
     assert pick([], 10, random.Random(0)) == []
 
@@ -311,6 +485,20 @@ async def test_an_export_gives_what_people_said_with_images_and_masks(bench: Ben
     assert [bool(one.mask) for one in found] == [True, False, False]
     request = storage_pb2.ExportRequest(model=M, camera="cam1", decided=True)
     assert [one.frame.header.frame_id async for one in bench.api.Export(request, None)] == ["f1"]
+
+
+async def test_an_export_goes_by_what_people_say_when_a_frame_s_turn_comes(bench: Bench) -> None:
+    await bench.frames.write([frame(n) for n in range(4)])
+    async with bench.owning():
+        for number, label in enumerate((NORMAL, NORMAL, UNSURE, ANOMALOUS)):
+            await bench.annotate(f"f{number}", label)
+        exported = bench.api.Export(storage_pb2.ExportRequest(model=M, decided=True), None)
+        found = [await anext(exported)]
+        await bench.annotate("f1", UNSURE)
+        await bench.annotate("f2", NORMAL)
+        found += [one async for one in exported]
+    said = [(one.frame.header.frame_id, one.frame.annotation.label) for one in found]
+    assert said == [("f0", NORMAL), ("f2", NORMAL), ("f3", ANOMALOUS)]
 
 
 async def test_an_export_holds_images_larger_than_any_message(bench: Bench) -> None:
@@ -388,3 +576,25 @@ async def test_what_a_person_said_outlives_a_killed_reductstore(server: ReductSe
         assert found.mask
     await frames.close()
     await annotations.close()
+
+
+@pytest.mark.skipif(find_binary() is None, reason="no reductstore binary")
+async def test_an_owner_that_comes_back_knows_what_was_said_in_between(server: ReductServer) -> None:
+    frames = await ReductFrameStore.open(server.url)
+    annotations = await ReductFrameStore.open(server.url, bucket="vigil-annotations")
+    other = await ReductFrameStore.open(server.url, bucket="vigil-annotations")
+    bench = Bench(frames, annotations, MemoryStreams())
+    await frames.write([frame(1), frame(2)])
+    async with bench.owning():
+        await bench.annotate("f1")
+    times = range(T0 + 110_001, T0 + 290_001, 4_000)
+    said = [Annotation(f"b{at}", "f9", "cells/cam1", at, "normal", "Bob", "", at) for at in times]
+    await other.write([record for one in said for record in records_of(one, "1-0", b"")])
+    async with bench.owning():
+        await bench.annotate("f2")
+        await bench.all_kept()
+    (late,) = [one async for one in annotations.query(FrameFilter(["cells/*"], equals={"annotates": "f2"}), limit=9)]
+    assert late.entry == "cells/cam1/2"
+    assert not annotations.tracks.knows("cells/cam1")
+    for store in (frames, annotations, other):
+        await store.close()

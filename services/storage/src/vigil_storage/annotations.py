@@ -23,7 +23,7 @@ from vigil_common.store.ports import FrameFilter, Labelling, Record, Written
 from vigil_storage import metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from vigil_common.store.ports import FrameStore, StoredRecord
     from vigil_common.streams.ports import QueuedAnnotation, ReviewLog
@@ -109,7 +109,8 @@ def records_of(annotation: Annotation, place: str, mask: bytes) -> list[Record]:
     if mask:
         drawn = {
             **common,
-            "frame_id": f"{annotation.annotation_id}.mask",
+            # No annotation can have this id.
+            "frame_id": f"{annotation.annotation_id}/mask",
             "sha256": annotation.mask_sha256,
             "kind": "mask",
         }
@@ -159,9 +160,11 @@ class Heard:
 class _InHand:
     queued: QueuedAnnotation
     annotation: Annotation
-    since: float
     written: dict[int, str] = field(default_factory=dict)
     labelled: bool = False
+    # Since when its frame is missed, and whether it is expected no more.
+    missing_since: float | None = None
+    given_up: bool = False
     due: float = 0.0
 
 
@@ -201,12 +204,22 @@ class AnnotationKeeper:
 
     async def run(self) -> None:
         """Keep until cancelled, first what an earlier owner left."""
+        # Other owners write before and after.
+        self._annotations.forget(self._model)
+        try:
+            await self._keep()
+        finally:
+            self._annotations.forget(self._model)
+
+    async def _keep(self) -> None:
         while True:
             try:
                 await self._collect()
                 await self._apply([one for one in self._in_hand if not one.labelled])
                 await self._confirm()
             except Unavailable as error:
+                for one in self._in_hand:  # frames may be on their way back into a store that was away
+                    one.missing_since = None
                 log.warning("annotations_wait", model=self._model, reason=error.reason, message=error.message)
                 await asyncio.sleep(UNAVAILABLE_S)
 
@@ -216,22 +229,27 @@ class AnnotationKeeper:
             return
         for queued in await self._source.read(self._model, self._after, count=BATCH, block_ms=READ_BLOCK_MS):
             self._after = queued.place
-            self._in_hand.append(_InHand(queued, Annotation.decode(queued.body), since=self._clock()))
+            self._in_hand.append(_InHand(queued, Annotation.decode(queued.body)))
 
     async def _apply(self, todo: Sequence[_InHand]) -> None:
-        """Write, then label, in the order of the log."""
+        """Write, then label, in the order of the log; what the store refuses is dropped."""
         for start in range(0, len(todo), BATCH):
             batch = todo[start : start + BATCH]
             await self._write([one for one in batch if not one.written])
+            batch = [one for one in batch if one.written]
             await self._label(batch)
             for one in batch:
                 if one.labelled:
                     self._heard.tell(one.annotation.annotation_id)
-        gone = [one for one in todo if not one.labelled and self._clock() - one.since > GIVE_UP_S]
+        gone = [one for one in todo if not one.labelled and self._missing_s(one) > GIVE_UP_S]
         if gone:
             log.warning("annotations_without_frame", model=self._model, count=len(gone))
             for one in gone:
-                one.labelled = True
+                one.labelled = one.given_up = True
+
+    def _missing_s(self, one: _InHand) -> float:
+        """For how long its frame has not been there, as often as a store that answered was asked."""
+        return 0.0 if one.missing_since is None else self._clock() - one.missing_since
 
     async def _write(self, batch: Sequence[_InHand]) -> None:
         records = [
@@ -240,11 +258,12 @@ class AnnotationKeeper:
         if not records:
             return
         results = await self._annotations.write([record for _, record in records])
+        refused: dict[_InHand, Exception] = {}
         for (one, record), result in zip(records, results, strict=True):
             if isinstance(result, Written):
                 one.written[result.timestamp_us] = record.labels["sha256"]
             elif not isinstance(result, Unavailable):
-                log.error("annotation_refused", annotation_id=one.annotation.annotation_id, message=str(result))
+                refused[one] = result
         away = [result for result in results if isinstance(result, Unavailable)]
         if away:
             for one in batch:  # whatever stands already is found there
@@ -252,6 +271,25 @@ class AnnotationKeeper:
             raise away[0]
         for one in batch:
             one.due = self._clock() + self._confirm_after_s
+        await self._drop(refused)
+
+    async def _drop(self, refused: Mapping[_InHand, Exception]) -> None:
+        """They can't be kept, now or later."""
+        if not refused:
+            return
+        for one, error in refused.items():
+            one.written = {}
+            said = one.annotation
+            log.error(
+                "annotation_refused",
+                model=self._model,
+                annotation_id=said.annotation_id,
+                frame_id=said.frame_id,
+                message=str(error),
+            )
+        await self._source.done(self._model, [one.queued for one in refused])
+        metrics.REFUSED_ANNOTATIONS.labels(self._model).inc(len(refused))
+        self._in_hand = [one for one in self._in_hand if one not in refused]
 
     async def _label(self, batch: Sequence[_InHand]) -> None:
         """Let the frames' labels say it, unless they say something later."""
@@ -265,6 +303,10 @@ class AnnotationKeeper:
         for one in todo:
             error = results[one.annotation.entry, one.annotation.frame_at_us]
             one.labelled = error is None
+            if error is None or isinstance(error, Unavailable):
+                one.missing_since = None
+            elif one.missing_since is None:
+                one.missing_since = self._clock()
             if error is not None and not isinstance(error, NotFound | Unavailable):
                 log.error("annotation_label_refused", annotation_id=one.annotation.annotation_id, reason=error.reason)
 
@@ -296,11 +338,11 @@ class AnnotationKeeper:
         kept = [
             one
             for one, times in zip(due, found, strict=True)
-            if times == one.written.keys() and (one in stand or now - one.since > GIVE_UP_S)
+            if times == one.written.keys() and (one in stand or one.given_up)
         ]
         for one in due:
             if one not in kept:
-                one.written, one.labelled = {}, False
+                one.written, one.labelled, one.missing_since, one.given_up = {}, False, None, False
         if len(kept) < len(due):
             log.warning("annotations_vanished", model=self._model, count=len(due) - len(kept))
         await self._source.done(self._model, [one.queued for one in kept])

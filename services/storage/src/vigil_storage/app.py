@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_PAGE = 100
 MAX_PAGE = 1_000
 MAX_REASON = 1_000
+# A version is the time of its record in ReductStore, which no longer lists any once one stands at 2**64 - 1.
+MAX_VERSION = 2**31 - 1
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -82,7 +84,7 @@ class Storage:
         Args:
             chunks: Of the tar.
             name: Of the model.
-            version: 0 takes the next free one.
+            version: At most `MAX_VERSION`; 0 takes the next free one.
             digest: What the bundle must hash to.
             size_bytes: Its length.
 
@@ -93,6 +95,8 @@ class Storage:
             raise InvalidInput("HEADER_INVALID", "the header names the model, and its bundle's digest as sha256:HEX")
         if not 0 < size_bytes <= MAX_BUNDLE_BYTES:
             raise InvalidInput("BUNDLE_TOO_LARGE", f"size_bytes is between 1 and {MAX_BUNDLE_BYTES}, not {size_bytes}")
+        if version > MAX_VERSION:
+            raise InvalidInput("VERSION_INVALID", f"a version is a number up to {MAX_VERSION:,}, not {version:,}")
         upload = self._uploads.setdefault(digest, asyncio.Lock())
         async with upload:
             return await self._publish(chunks, name, version, digest, size_bytes)

@@ -14,6 +14,9 @@ WRITE_SECONDS = Histogram("vigil_storage_write_seconds", "One batch, retries inc
 COMPARISONS = Counter("vigil_storage_comparisons_total", "Comparisons by what became of them", ["model", "result"])
 
 ANNOTATIONS = Counter("vigil_storage_annotations_total", "What people said and is known to be kept", ["model"])
+REFUSED_ANNOTATIONS = Counter(
+    "vigil_storage_refused_annotations_total", "What people said and the store does not take", ["model"]
+)
 
 # why: sample (never stored), quota (pushed out by newer ones)
 DROPPED = Counter("vigil_storage_dropped_frames_total", "Normal frames that are not kept", ["model", "why"])

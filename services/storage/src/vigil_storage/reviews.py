@@ -35,9 +35,10 @@ POLL_S = 0.5
 RETRY_S = 2.0
 DEFAULT_SIZE, MAX_SIZE = 20, 200
 # Newest records looked at for the review queue; the first look reaches back so far, each further one four times as far.
+# A store may have more records than can be looked at while somebody waits.
 SCAN = 10_000
 FIRST_LOOK_US = 3_600_000_000
-OLDEST_US = 946_684_800_000_000
+LOOK_S = 5.0
 EXPORT_PAGE = 500
 # Of what is not a disagreement, this share is picked by chance.
 RANDOM_SHARE = 0.2
@@ -99,6 +100,13 @@ def _check(remark: Remark) -> None:
         raise InvalidInput("ANNOTATION_ID_INVALID", "annotation_id has 1 to 58 letters, digits and . _ : -")
     if remark.mask and remark.label == "normal":
         raise InvalidInput("MASK_ON_NORMAL", "a normal frame has no anomalous region; leave the mask out")
+
+
+def _first(before: Annotation, said: Annotation) -> Annotation:
+    """The first of two of one id; `Conflict` where they are not the same but for their times."""
+    if replace(said, annotated_at_us=before.annotated_at_us) != before:
+        raise Conflict("ANNOTATION_ID_REUSED", f"{said.annotation_id} stands for another annotation")
+    return before
 
 
 class Reviews:
@@ -164,16 +172,15 @@ class Reviews:
         if remark.annotation_id:
             for before in await self._history(frame):
                 if before.annotation_id == said.annotation_id:
-                    if replace(said, annotated_at_us=before.annotated_at_us) != before:
-                        raise Conflict("ANNOTATION_ID_REUSED", f"{said.annotation_id} stands for another annotation")
-                    return before, True
+                    return _first(before, said), True
         with self._heard.expect(said.annotation_id) as shows:
-            place = await self._log.put(remark.model, said.annotation_id, said.encode(), mask)
-            if place is None:
+            waits = await self._log.put(remark.model, said.annotation_id, said.encode(), mask)
+            if waits is None:
                 raise QueueFull(
                     "ANNOTATIONS_FULL", "too many annotations wait for the store; try again", retry_after_s=RETRY_S
                 )
-            return said, await self._applied(frame, place, shows)
+            place, body = waits
+            return _first(Annotation.decode(body), said), await self._applied(frame, place, shows)
 
     async def _find(self, model: str, frame_id: str, camera: str) -> StoredRecord:
         try:
@@ -203,13 +210,14 @@ class Reviews:
     async def _said(self, frame: StoredRecord) -> list[tuple[Annotation, StoredRecord | None]]:
         """Everything said of a frame in order, each with its mask's record."""
         records = await records_about(self._annotations, frame)
-        drawn = {record.labels["frame_id"]: record for record in records if record.labels.get("kind") == "mask"}
+        drawn = {record.labels["sha256"]: record for record in records if record.labels.get("kind") == "mask"}
         words = [record for record in records if record.labels.get("kind") == "annotation"]
         words.sort(key=lambda record: order_of(record.labels["human_order"]))
         said = []
         for record in words:
             _, body = await self._annotations.read(record.entry, record.timestamp_us)
-            said.append((Annotation.decode(body), drawn.get(f"{record.labels['frame_id']}.mask")))
+            annotation = Annotation.decode(body)
+            said.append((annotation, drawn.get(annotation.mask_sha256)))
         return said
 
     async def reviewed(self, frame: StoredRecord, image: bytes, *, with_mask: bool = True) -> Reviewed:
@@ -232,14 +240,10 @@ class Reviews:
         model = where.entries[0].partition("/")[0]
         seen = set() if again else await self._log.given(model, reviewer)
         where = replace(where, start_us=since_us, equals={"outcome": "judged"}, absent=() if again else ("human",))
-        disagreeing: list[StoredRecord] = []
         split = replace(where, equals={**where.equals, "agree": "false"})
-        async with aclosing(self._frames.query(split, limit=size + len(seen))) as found:  # type: ignore[type-var]
-            async for record in found:
-                if record.labels["frame_id"] not in seen and len(disagreeing) < size:
-                    disagreeing.append(record)
+        disagreeing = await self._newest(split, seen, limit=size)
         seen = seen | {record.labels["frame_id"] for record in disagreeing}
-        others = [record for record in await self._newest(where) if record.labels["frame_id"] not in seen]
+        others = await self._newest(where, seen, limit=SCAN)
         given = [
             *((record, "disagreement") for record in disagreeing),
             *pick(others, size - len(disagreeing), self._chance),
@@ -248,16 +252,27 @@ class Reviews:
             await self._log.give(model, reviewer, [record.labels["frame_id"] for record, _ in given])
         return given
 
-    async def _newest(self, where: FrameFilter) -> list[StoredRecord]:
-        """At most `SCAN` matching records, by looks that reach back ever further: the store gives the oldest first."""
+    async def _newest(self, where: FrameFilter, seen: set[str], *, limit: int) -> list[StoredRecord]:
+        """Matching records but those seen, by looks that reach back ever further: the store gives the oldest first.
+
+        What is found within `LOOK_S` is all: few may match, of more than can be looked at.
+        """
         newest: list[StoredRecord] = []
         stop, span = self._now_us() + FIRST_LOOK_US, 2 * FIRST_LOOK_US
-        oldest = max(where.start_us or 0, OLDEST_US)
-        while stop > oldest and len(newest) < SCAN:
-            start = max(stop - span, oldest)
-            window = replace(where, start_us=start, stop_us=stop)
-            newest += [record async for record in self._frames.query(window, limit=SCAN - len(newest))]
-            stop, span = start, 4 * span
+        oldest = max(where.start_us or 0, 0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                while stop > oldest and len(newest) < limit:
+                    start = max(stop - span, oldest)
+                    window = replace(where, start_us=start, stop_us=stop)
+                    query = self._frames.query(window, limit=limit - len(newest) + len(seen))
+                    async with aclosing(query) as found:  # type: ignore[type-var]
+                        async for record in found:
+                            if record.labels["frame_id"] not in seen:
+                                newest.append(record)
+                            if len(newest) == limit:
+                                break
+                    stop, span = start, 4 * span
         return newest
 
     async def export(self, where: FrameFilter, *, decided: bool) -> AsyncIterator[Reviewed]:
@@ -270,9 +285,10 @@ class Reviews:
             found = [record async for record in self._frames.query(replace(where, start_us=start_us), limit=limit)]
             given, after = domain.page(found, EXPORT_PAGE, after)
             for frame in given:
-                if decided and frame.labels["human"] == "unsure":
-                    continue
                 stored, image = await self._frames.read(frame.entry, frame.timestamp_us)
+                # People may say more while this goes on.
+                if decided and stored.labels.get("human", "unsure") == "unsure":
+                    continue
                 yield await self.reviewed(stored, image)
             if after is None:
                 return

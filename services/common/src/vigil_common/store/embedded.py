@@ -61,13 +61,15 @@ async def open_database(path: Path, schema: str) -> aiosqlite.Connection:
 
 @asynccontextmanager
 async def _transaction(connection: aiosqlite.Connection) -> AsyncIterator[None]:
-    await connection.execute("BEGIN IMMEDIATE")
     try:
+        await connection.execute("BEGIN IMMEDIATE")
         yield
+        await connection.execute("COMMIT")
     except BaseException:
-        await connection.execute("ROLLBACK")
+        # What a cancelled caller no longer waits for runs all the same in SQLite's thread, and this after it. Nothing
+        # happens where no transaction is open.
+        await asyncio.shield(connection.rollback())
         raise
-    await connection.execute("COMMIT")
 
 
 def _stored(row: Any) -> StoredRecord:

@@ -371,6 +371,8 @@ class ReductFrameStore:
 
     async def confirm(self, entry: str, expected: Mapping[int, str]) -> set[int]:
         """Which of these stand there now."""
+        if not expected:
+            return set()
         present: set[int] = set()
         base = base_of(entry)
         await self._learn(base)

@@ -6,7 +6,8 @@ label that says so. Where the server loses the copy, the frame shows without tha
 gives it again, which makes a new copy.
 
 What stays stands at even microseconds, what passes at odd ones: a copy's place is free for certain, and a time tells
-which store to ask. Only the copies of frames stand at odd times in what stays.
+which store to ask. At odd times in what stays there are only the copies of frames, and what was stored before there was
+a quota: that is where it always was.
 """
 
 from __future__ import annotations
@@ -110,6 +111,15 @@ class RetainedFrameStore:
             store = self._kept if stays else self._passing
             done = await store.label([changes[index] for index in indexes]) if indexes else []
             results |= dict(zip(indexes, done, strict=True))
+        # Nothing passing, so from before there was a quota, if it is there at all.
+        left = [
+            index
+            for index, change in enumerate(changes)
+            if change.timestamp_us % 2 and isinstance(results[index], NotFound)
+        ]
+        if left:
+            done = await self._kept.label([changes[index] for index in left])
+            results |= dict(zip(left, done, strict=True))
         return [results[index] for index in range(len(changes))]
 
     async def _copies(self, changes: Sequence[Labelling]) -> set[tuple[str, int]]:

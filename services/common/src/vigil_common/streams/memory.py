@@ -515,17 +515,17 @@ class MemoryReviewLog:
         self._given: dict[tuple[str, str], set[str]] = {}
         self._last = 0
 
-    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> str | None:
-        """Its place in the log."""
+    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> tuple[str, bytes] | None:
+        """Place and body of what waits under the id."""
         annotations = self._annotations.setdefault(model, {})
-        if annotation_id in annotations:
-            return annotations[annotation_id].place
+        if waits := annotations.get(annotation_id):
+            return waits.place, waits.body
         if len(annotations) >= self.LIMIT:
             return None
         self._last += 1
-        annotations[annotation_id] = QueuedAnnotation(f"{self._last}-0", annotation_id, body, mask)
+        put = annotations[annotation_id] = QueuedAnnotation(f"{self._last}-0", annotation_id, body, mask)
         await self._streams.changed()
-        return annotations[annotation_id].place
+        return put.place, put.body
 
     async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:
         """What was said after this place."""

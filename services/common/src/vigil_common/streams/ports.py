@@ -351,8 +351,8 @@ class QueuedAnnotation:
 class ReviewLog(Protocol):
     """What people say, safe until the store is known to keep it, and what each has been given to look at."""
 
-    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> str | None:
-        """Its place in the log, the same one while the id waits; None where there is no room."""
+    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> tuple[str, bytes] | None:
+        """Place and body of what waits under this id, the first that was put; None where there is no room."""
         ...
 
     async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:

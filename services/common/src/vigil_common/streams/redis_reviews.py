@@ -27,15 +27,15 @@ class RedisReviewLog:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> str | None:
-        """Its place in the log."""
+    async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> tuple[str, bytes] | None:
+        """Place and body of what waits under the id."""
         start = prefix(model)
         keys = [f"{start}annotations", f"{start}annotation-ids"]
         try:
-            place: bytes = await self._connection.script(ANNOTATE, keys, [annotation_id, body, mask, self.LIMIT])
+            waits = await self._connection.script(ANNOTATE, keys, [annotation_id, body, mask, self.LIMIT])
         except OutOfMemoryError:
             return None
-        return place.decode() or None
+        return (waits[0].decode(), waits[1]) if waits else None
 
     async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:
         """What was said after this place."""
