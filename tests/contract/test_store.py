@@ -201,6 +201,9 @@ async def test_an_entry_outside_of_the_time_asked_for_is_no_error(stores: Stores
     assert await found(stores.frames, stop_us=T0 + 5) == ["early"]
     assert await found(stores.frames, start_us=T0 + 5, stop_us=T0 + 5) == []
     assert await found(stores.frames, start_us=T0 + 6, stop_us=T0 + 5) == []
+    assert await found(stores.frames, start_us=0, stop_us=gate.MAX_TIMESTAMP_US) == ["early", "late"]
+    assert await found(stores.frames, start_us=0, stop_us=0) == []
+    assert await found(stores.frames, start_us=gate.MAX_TIMESTAMP_US, stop_us=gate.MAX_TIMESTAMP_US) == []
 
 
 async def test_labels_are_compared_as_text(stores: Stores) -> None:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.error_details_pb2 import ErrorInfo
 from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
+from vigil_common.store.labels import MAX_TIMESTAMP_US
 from vigil_common.store.ports import FrameFilter, Record, Written
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Candidate, Live, QueuedFrame, QueuedOutcome, sampled
@@ -339,6 +341,21 @@ async def test_pages_give_every_frame_once_by_time(app: Storage, store: Troubled
         if not token:
             break
     assert sorted(seen) == sorted(f"f{n}" for n in range(20))
+
+
+@pytest.mark.parametrize(
+    ("start_s", "stop_s", "expected"),
+    [(-1, 10, (0, 10_000_000)), (-62_135_596_800, -1, (0, 0)), (0, 2**62, (0, MAX_TIMESTAMP_US))],
+)
+def test_times_at_which_nothing_can_stand_are_asked_for_as_those_next_to_them(
+    start_s: int, stop_s: int, expected: tuple[int, int]
+) -> None:
+    start, stop = Timestamp(seconds=start_s), Timestamp(seconds=stop_s)
+    asked = convert.filter_of(storage_pb2.QueryRequest(model="cells", start=start, stop=stop))
+    exported = convert.export_filter(storage_pb2.ExportRequest(model="cells", since=start, until=stop))
+    assert (asked.start_us, asked.stop_us) == (exported.start_us, exported.stop_us) == expected
+    with pytest.raises(InvalidInput):
+        convert.filter_of(storage_pb2.QueryRequest(model="cells", start=stop, stop=start))
 
 
 async def test_queries_filter_and_frames_come_back_as_they_were(app: Storage, store: Troubled) -> None:

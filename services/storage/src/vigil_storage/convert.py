@@ -167,7 +167,12 @@ def _range(start: Timestamp | None, stop: Timestamp | None) -> tuple[int | None,
     stop_us = to_us(stop) if stop is not None else None
     if start_us is not None and stop_us is not None and stop_us < start_us:
         raise InvalidInput("RANGE_INVALID", "the end lies before the beginning")
-    return start_us, stop_us
+    return _storable(start_us), _storable(stop_us)
+
+
+def _storable(time_us: int | None) -> int | None:
+    """The nearest time that a store can be asked for; no frame stands outside of these."""
+    return None if time_us is None else min(max(time_us, 0), gate.MAX_TIMESTAMP_US)
 
 
 def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:

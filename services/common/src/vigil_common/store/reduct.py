@@ -410,7 +410,8 @@ class ReductFrameStore:
         One query per entry, merged here: the server's own merge of several entries is out of order under load, and a
         page that ends at a time would then miss records.
         """
-        if limit <= 0 or not where.entries:
+        # The library takes a stop at 0 for none.
+        if limit <= 0 or not where.entries or where.stop_us == 0:
             return
         streams = [self._query_entry(name, where, limit) for name in await self._track_names(where.entries)]
         heads: list[tuple[int, str, StoredRecord, AsyncGenerator[StoredRecord]]] = []
