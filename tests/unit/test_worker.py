@@ -408,6 +408,25 @@ async def test_verdicts_wait_for_company_only_while_there_is_much_to_do() -> Non
         assert after == [0, 2, 2, 4, 5, 6]
 
 
+async def test_verdicts_wait_for_more_company_while_more_waits_than_a_hand_holds() -> None:
+    pipeline = SteppedPipeline()
+    bench = Bench(prefetch=8, pipeline=pipeline)
+    for number in range(20):
+        await bench.admit(f"f{number}")
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: len(bench.worker._in_hand) == 8)
+        after = []
+        for _ in range(8):
+            await pipeline.step()
+            after.append(len(bench.source.emitted))
+        # In fours, half of a full hand.
+        assert after == [0, 0, 0, 4, 4, 4, 4, 8]
+        for _ in range(12):
+            pipeline.tickets.release()
+        await bench.until(lambda: len(bench.source.emitted) == 20)
+
+
 async def test_a_bad_image_is_dead_with_its_reason_and_the_stream_goes_on() -> None:
     bench = Bench()
     await bench.admit("f1", b"bad")

@@ -57,8 +57,8 @@ GATHER_S = 1.0
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
 # Of what a worker can have in hand, this part is emitted together: with much to do, a call for each verdict alone would
-# cost Redis, ingest and the client a good part of what they do for it.
-TOGETHER = 4
+# cost Redis, ingest and the client a good part of what they do for it. A larger part where more waits than it can have.
+TOGETHER, TOGETHER_OF_MORE = 4, 2
 # Verdicts that wait for Redis; past this, no more frames are taken.
 OUTBOX_AT_MOST = 128
 CLAIM_AT_MOST = 16
@@ -109,7 +109,7 @@ class Worker:
         self._claim_idle_ms = claim_idle_ms
         self._frame_s = frame_s  # the slowest of late
         self._prefetch = prefetch
-        self._together = prefetch // TOGETHER
+        self._more = False  # waited when we last read
         self._room = asyncio.Semaphore(prefetch)
         self._route: Route | None = None
         self._role = Role.IDLE
@@ -232,6 +232,7 @@ class Worker:
         try:
             block_ms = BLOCK_MS if role is Role.LIVE else min(BLOCK_MS, CANDIDATE_BLOCK_MS)
             frames = await self._sources[role].read(count=count, block_ms=block_ms)
+            self._more = len(frames) == count
         finally:
             for _ in range(count - len(frames)):
                 self._room.release()
@@ -294,7 +295,8 @@ class Worker:
 
     def _let_out(self) -> None:
         """Let what is ready be emitted, unless it soon has company."""
-        if self._outbox and (len(self._outbox) >= self._together or len(self._in_hand) < self._together):
+        together = self._prefetch // (TOGETHER_OF_MORE if self._more else TOGETHER)
+        if self._outbox and (len(self._outbox) >= together or len(self._in_hand) < together):
             self._outgoing.set()
         else:
             self._outgoing.clear()
