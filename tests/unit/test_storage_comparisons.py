@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
+from vigil_common.errors import Unavailable
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.ports import FrameFilter, Record
 from vigil_common.streams.memory import MemoryStreams
@@ -72,9 +74,14 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 @asynccontextmanager
-async def labelling(bench: Bench, confirm_after_s: float = 0.0, places: Places | None = None) -> AsyncIterator[None]:
+async def labelling(
+    bench: Bench,
+    confirm_after_s: float = 0.0,
+    places: Places | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncIterator[None]:
     comparisons, places = bench.streams.comparisons(M), places or Places()
-    labeller = ComparisonLabeller(M, comparisons, bench.store, places, confirm_after_s=confirm_after_s)
+    labeller = ComparisonLabeller(M, comparisons, bench.store, places, confirm_after_s=confirm_after_s, clock=clock)
     task = asyncio.create_task(labeller.run())
     yield
     task.cancel()
@@ -177,5 +184,36 @@ async def test_rubbish_and_frames_that_never_come_are_let_go(bench: Bench, monke
     await bench.keep("f1")
     await bench.tell(b"\xff\xff", comparison("never"), comparison("f1"))
     async with labelling(bench):
+        await bench.until(lambda: bench.left() == 0)
+    assert (await bench.labels("f1"))["agree"] == "false"
+
+
+async def test_a_frame_is_waited_for_through_a_long_outage(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped_s, query, looks = 0.0, bench.store.query, 0
+
+    def watched(where: FrameFilter, *, limit: int) -> Any:
+        nonlocal looks
+        looks += 1
+        return query(where, limit=limit)
+
+    def away(_: FrameFilter, **__: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        raise Unavailable("STORE_AWAY", "it is away")
+
+    async def some_looks(how: Any) -> None:
+        monkeypatch.setattr(bench.store, "query", how)
+        before = looks
+        await bench.until(lambda: looks > before + 3)
+
+    await bench.tell(comparison("f1"))
+    async with labelling(bench, clock=lambda: time.monotonic() + skipped_s):
+        await some_looks(watched)
+        await some_looks(away)
+        skipped_s = 2 * module.GIVE_UP_S
+        await some_looks(watched)
+        assert bench.left() == 1
+        monkeypatch.setattr(bench.store, "query", query)
+        await bench.keep("f1")
         await bench.until(lambda: bench.left() == 0)
     assert (await bench.labels("f1"))["agree"] == "false"

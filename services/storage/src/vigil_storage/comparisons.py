@@ -40,7 +40,8 @@ STEP = 16
 REST = 4
 # Comparisons in hand; past this, no more are taken.
 MAX_IN_HAND = 1_024
-# A frame is stored within moments of its verdict; after this long it was dropped by retention, or never will be.
+# A frame is stored within moments of its verdict; where a store that answers has not had it for so long, it was dropped
+# by retention, or never will be there.
 GIVE_UP_S = 600.0
 # A record stands at its time of capture or some microseconds later; looks over larger gaps than this are apart.
 SLACK_US = 1_000
@@ -56,7 +57,7 @@ log = get_logger()
 class _InHand:
     place: str
     comparison: shadow_pb2.Comparison
-    since: float
+    missing_since: float | None = None
     due: float = 0.0
     record: tuple[str, int] | None = None
 
@@ -136,6 +137,8 @@ class ComparisonLabeller:
                 await self._label()
                 await self._confirm()
             except VigilError as error:  # whatever it is, frames must go on being stored
+                for one in self._in_hand:  # they may be on their way back into a store that was away
+                    one.missing_since = None
                 log.warning("comparisons_wait", model=self._model, reason=error.reason, message=error.message)
             await asyncio.sleep(ROUND_S)
 
@@ -144,7 +147,6 @@ class ComparisonLabeller:
         found = await self._source.read(count=BATCH, block_ms=0, pending=self._replay)
         more = bool(found) or self._replay
         self._replay = self._replay and bool(found)
-        now = self._clock()
         for place, blob in found:
             if place in self._held:
                 continue
@@ -156,12 +158,11 @@ class ComparisonLabeller:
                 await self._source.done([place])
                 continue
             self._held.add(place)
-            self._in_hand.append(_InHand(place, comparison, since=now))
+            self._in_hand.append(_InHand(place, comparison))
         return more
 
     async def _label(self) -> None:
         """Label those whose frame is stored; the others are looked for again in the next round."""
-        now = self._clock()
         due = [one for one in self._in_hand if one.record is None]
         if not due:
             return
@@ -183,11 +184,17 @@ class ComparisonLabeller:
                     one.due = self._clock() + self._confirm_after_s
                 elif isinstance(error, NotFound):
                     self._places.forget(one.comparison.frame_id)
-                elif not isinstance(error, Unavailable):
+                elif isinstance(error, Unavailable):
+                    one.missing_since = None
+                else:
                     log.error("comparison_refused", frame_id=one.comparison.frame_id, reason=error.reason)
                     await self._forget([one], "refused")
             await _rest(began)
-        late = [one for one in due if one.record is None and now - one.since > GIVE_UP_S and one.place in self._held]
+        now = self._clock()
+        missing = [one for one in due if one.record is None and one.place in self._held]
+        late = [one for one in missing if one.missing_since is not None and now - one.missing_since > GIVE_UP_S]
+        for one in missing:
+            one.missing_since = now if one.missing_since is None else one.missing_since
         if late:
             log.warning("comparisons_without_frame", model=self._model, count=len(late))
             await self._forget(late, "no_frame")
