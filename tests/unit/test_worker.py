@@ -392,39 +392,31 @@ async def test_what_is_ready_together_is_emitted_together() -> None:
     assert bench.source.groups == [4]
 
 
-async def test_verdicts_wait_for_company_only_while_there_is_much_to_do() -> None:
-    pipeline = SteppedPipeline()
-    bench = Bench(prefetch=8, pipeline=pipeline)
-    for number in range(6):
-        await bench.admit(f"f{number}")
-    await bench.promote()
-    async with working(bench):
-        await bench.until(lambda: len(bench.worker._in_hand) == 6)
-        after = []
-        for _ in range(6):
-            await pipeline.step()
-            after.append(len(bench.source.emitted))
+@pytest.mark.parametrize(
+    ("frames", "expected"),
+    [
         # In twos, a quarter of a full hand; the last, with less than that in hand, at once.
-        assert after == [0, 2, 2, 4, 5, 6]
-
-
-async def test_verdicts_wait_for_more_company_while_more_waits_than_a_hand_holds() -> None:
+        (6, [0, 2, 2, 4, 5, 6]),
+        # More waits than a hand holds: in fours, half of a full one.
+        (20, [0, 0, 0, 4, 4, 4, 4, 8]),
+    ],
+)
+async def test_verdicts_wait_for_company_only_while_there_is_much_to_do(frames: int, expected: list[int]) -> None:
     pipeline = SteppedPipeline()
     bench = Bench(prefetch=8, pipeline=pipeline)
-    for number in range(20):
+    for number in range(frames):
         await bench.admit(f"f{number}")
     await bench.promote()
     async with working(bench):
-        await bench.until(lambda: len(bench.worker._in_hand) == 8)
+        await bench.until(lambda: len(bench.worker._in_hand) == min(frames, 8))
         after = []
-        for _ in range(8):
+        for _ in expected:
             await pipeline.step()
             after.append(len(bench.source.emitted))
-        # In fours, half of a full hand.
-        assert after == [0, 0, 0, 4, 4, 4, 4, 8]
-        for _ in range(12):
+        assert after == expected
+        for _ in range(frames - len(expected)):
             pipeline.tickets.release()
-        await bench.until(lambda: len(bench.source.emitted) == 20)
+        await bench.until(lambda: len(bench.source.emitted) == frames)
 
 
 async def test_a_bad_image_is_dead_with_its_reason_and_the_stream_goes_on() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_INTERRUPTED = 130
+from vigil_cli import INTERRUPTED
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def _quietly_interrupted() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ Address = Annotated[str, typer.Option(envvar="VIGIL_ADDRESS", help="Ingest as HO
 StorageAddress = Annotated[str, typer.Option(envvar="VIGIL_STORAGE_ADDRESS", help="Storage as HOST:PORT.")]
 Token = Annotated[str | None, typer.Option(envvar="VIGIL_TOKEN", help="Bearer token.")]
 LAST_VERSION = 2**31 - 1
-INTERRUPTED = 130
 Version = Annotated[int, typer.Option(min=0, max=LAST_VERSION, help="0: the newest.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 

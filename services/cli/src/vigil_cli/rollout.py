@@ -25,8 +25,9 @@ from vigil_common.errors import Conflict, InvalidInput, NotFound, Unavailable
 from vigil_operator.observed import REQUEST_ANNOTATION
 from vigil_operator.spec import GROUP, PLURAL
 
+from vigil_cli import INTERRUPTED
 from vigil_cli.local.resources import ResourceFiles
-from vigil_cli.options import DEFAULT_STORAGE, INTERRUPTED, AsJson, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable

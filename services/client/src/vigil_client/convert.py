@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from datetime import UTC
 from typing import TYPE_CHECKING, cast
 
+import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2
@@ -20,6 +22,7 @@ from vigil_client.types import (
     ReviewedFrame,
     ReviewItem,
     Route,
+    ServiceError,
     StoredFrame,
     Verdict,
     Visualization,
@@ -27,7 +30,7 @@ from vigil_client.types import (
 )
 
 if TYPE_CHECKING:
-    import grpc
+    from collections.abc import Iterator
 
 _WAIT = {WaitFor.ACCEPTED: ingest_pb2.WAIT_FOR_ACCEPTED, WaitFor.VERDICT: ingest_pb2.WAIT_FOR_VERDICT}
 HUMAN_LABELS = {
@@ -51,6 +54,15 @@ VISUALIZATIONS = {
 
 # What gRPC says of a message over its limit, which never reaches the service.
 _TOO_LARGE = "message larger than max"
+
+
+@contextmanager
+def service_errors() -> Iterator[None]:
+    """What a call ends with as `ServiceError`."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise ServiceError(rpc_failure(error)) from error
 
 
 def wait_for(what: WaitFor) -> ingest_pb2.WaitFor.ValueType:

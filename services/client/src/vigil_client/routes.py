@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 
 from vigil_client import convert
 from vigil_client.channel import Connected
-from vigil_client.types import ServiceError
 
 if TYPE_CHECKING:
+    import grpc
+
     from vigil_client.types import Route
 
 _CALL_S = 60.0
@@ -38,10 +38,8 @@ class RouteClient(Connected):
     async def list_routes(self, model: str = "") -> list[Route]:
         """What is live and compared, of one model or of every one; nothing of models that have no live version."""
         request = storage_pb2.ListRoutesRequest(model=model)
-        try:
+        with convert.service_errors():
             response = await self._stub.ListRoutes(request, metadata=self.metadata, timeout=_CALL_S)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return [convert.route(route) for route in response.routes]
 
     async def promote(
@@ -52,10 +50,8 @@ class RouteClient(Connected):
         FAILED_PRECONDITION MANAGED where an AnomalyModel decides, unless forced.
         """
         request = storage_pb2.PromoteRequest(model=model, version=version, threshold=threshold, force=force)
-        try:
+        with convert.service_errors():
             response = await self._stub.Promote(request, metadata=self.metadata, timeout=_CALL_S)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.route(response.route)
 
     async def start_comparison(
@@ -65,17 +61,13 @@ class RouteClient(Connected):
         request = storage_pb2.StartComparisonRequest(
             model=model, version=version, threshold=threshold, sample_fraction=sample_fraction
         )
-        try:
+        with convert.service_errors():
             response = await self._stub.StartComparison(request, metadata=self.metadata, timeout=_CALL_S)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.route(response.route)
 
     async def stop_comparison(self, model: str) -> Route:
         """Compare nothing with live any more; the report stays."""
         request = storage_pb2.StopComparisonRequest(model=model)
-        try:
+        with convert.service_errors():
             response = await self._stub.StopComparison(request, metadata=self.metadata, timeout=_CALL_S)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.route(response.route)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 
@@ -22,6 +21,8 @@ from vigil_client.types import Failure, Model, ServiceError, StoredFrame, new_fr
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
+
+    import grpc
 
     from vigil_client.types import Annotation, HumanLabel, ReviewedFrame, ReviewItem
 
@@ -104,10 +105,8 @@ class StorageClient(Connected):
         left = limit
         while left is None or left > 0:
             request.page_size = _PAGE_SIZE if left is None else min(_PAGE_SIZE, left)
-            try:
+            with convert.service_errors():
                 response = await self._frames.Query(request, metadata=self.metadata, timeout=self._timeout_s)
-            except grpc.aio.AioRpcError as error:
-                raise ServiceError(convert.rpc_failure(error)) from error
             for frame in response.frames:
                 yield convert.stored_frame(frame)
             if not response.next_page_token:
@@ -118,19 +117,15 @@ class StorageClient(Connected):
     async def frames_get(self, model: str, frame_id: str, *, camera: str | None = None) -> tuple[StoredFrame, bytes]:
         """One frame with its encoded image."""
         request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
-        try:
+        with convert.service_errors():
             response = await self._frames.Get(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.stored_frame(response.frame), response.image
 
     async def frames_history(self, model: str, frame_id: str, *, camera: str | None = None) -> ReviewedFrame:
         """One frame with its encoded image, everything people said of it, and the mask that stands."""
         request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
-        try:
+        with convert.service_errors():
             response = await self._frames.Get(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.reviewed_frame(response)
 
     async def frames_annotate(
@@ -167,10 +162,8 @@ class StorageClient(Connected):
             author=author,
             annotation_id=annotation_id or f"a{new_frame_id()}",
         )
-        try:
+        with convert.service_errors():
             response = await self._frames.Annotate(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.annotation(response.annotation)
 
     async def frames_review_queue(
@@ -200,10 +193,8 @@ class StorageClient(Connected):
         )
         if since is not None:
             request.since.FromDatetime(since)
-        try:
+        with convert.service_errors():
             response = await self._frames.ReviewQueue(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return [convert.review_item(item) for item in response.items]
 
     async def frames_export(
@@ -223,7 +214,7 @@ class StorageClient(Connected):
             request.until.FromDatetime(until)
         found: storage_pb2.ExportResponse | None = None
         image = bytearray()
-        try:
+        with convert.service_errors():
             async for message in self._frames.Export(request, metadata=self.metadata):
                 if message.HasField("frame"):
                     if found is not None:
@@ -234,8 +225,6 @@ class StorageClient(Connected):
                     yield replace(convert.reviewed_frame(found), image=bytes(image))
                     found = None
                     image.clear()
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         if found is not None:
             what = f"of the image of {found.frame.header.frame_id} only {len(image)} bytes came"
             raise ServiceError(Failure("DATA_LOSS", "IMAGE_INCOMPLETE", what))
@@ -264,37 +253,29 @@ class StorageClient(Connected):
                 yield storage_pb2.PublishRequest(chunk=chunk)
 
         timeout_s = self._timeout_s + header.size_bytes / _LEAST_BYTES_PER_S
-        try:
+        with convert.service_errors():
             response = await self._models.Publish(parts(), metadata=self.metadata, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model, created=response.created)
 
     async def models_deprecate(self, name: str, version: int, reason: str) -> Model:
         """Say why a version should not be used any more."""
         request = storage_pb2.DeprecateRequest(name=name, version=version, reason=reason)
-        try:
+        with convert.service_errors():
             response = await self._models.Deprecate(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model)
 
     async def models_list(self, name: str = "") -> list[Model]:
         """All versions of one model, or of every model."""
         request = storage_pb2.ListRequest(name=name)
-        try:
+        with convert.service_errors():
             response = await self._models.List(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return [convert.model(found) for found in response.models]
 
     async def models_get(self, name: str, version: int = 0) -> Model:
         """What is known of one version; the newest where the version is 0."""
         request = storage_pb2.GetModelRequest(name=name, version=version)
-        try:
+        with convert.service_errors():
             response = await self._models.GetModel(request, metadata=self.metadata, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         return convert.model(response.model)
 
     async def models_download(self, name: str, version: int = 0) -> tuple[Model, bytes]:
@@ -318,15 +299,13 @@ class StorageClient(Connected):
         request = storage_pb2.DownloadRequest(name=name, version=version)
         found: Model | None = None
         digest = hashlib.sha256()
-        try:
+        with convert.service_errors():
             async for part in self._models.Download(request, metadata=self.metadata):
                 if part.HasField("model"):
                     found = convert.model(part.model)
                 else:
                     digest.update(part.chunk)
                     write(part.chunk)
-        except grpc.aio.AioRpcError as error:
-            raise ServiceError(convert.rpc_failure(error)) from error
         if found is None or found.digest != f"sha256:{digest.hexdigest()}":
             raise ServiceError(Failure("DATA_LOSS", "DIGEST_MISMATCH", "the bundle received is not its digest's"))
         return found
