@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import pytest
 from vigil_common.bundle import open_bundle
 from vigil_common.errors import InvalidInput
 from vigil_common.scores import moved
 from vigil_inference.model import LoadedModel
+from vigil_trainer import import_export, train
 from vigil_trainer import optimise as module
-from vigil_trainer import train
 from vigil_trainer.optimise import optimise
 from vigil_trainer.variants import BUILDS
 
+from tests.support.export import like_an_export
 from tests.support.shadow import png
 
 if TYPE_CHECKING:
@@ -29,6 +31,11 @@ def picture(seed: int, *, scratch: bool = False) -> bytes:
     if scratch:
         pixels[20:44, 30:34] = 255
     return png(pixels)
+
+
+def of_graph(folder: Path, graph: onnx.ModelProto) -> Bundle:
+    onnx.save(graph, folder / "model.onnx")
+    return open_bundle(import_export(folder, name="cells"))
 
 
 NORMAL = [picture(seed) for seed in range(16)]
@@ -106,3 +113,22 @@ def test_moved_scores_keep_their_order_and_put_the_threshold_where_it_belongs() 
     assert (np.diff(found) > 0).all()
     assert found[[0, 30, 100]] == pytest.approx([0, 0.5, 1], abs=1e-6)
     assert found.dtype == np.float32
+
+
+def test_what_looks_at_a_smaller_image_is_judged_by_how_it_ranks(tmp_path: Path) -> None:
+    bundle = of_graph(tmp_path, like_an_export())
+    made = optimise(bundle, calibration=NORMAL[:8], normal=NORMAL[8:], anomalous=ANOMALOUS, input_sizes=(48, 48, 96))
+    found = {one.name: one for one in made.measured}
+    assert [name for name in found if name[-2:].isdigit()] == [
+        *("onnxruntime-offline-96", "onnxruntime-int8-96"),
+        *("onnxruntime-offline-48", "onnxruntime-int8-48"),
+    ]
+    assert found["onnxruntime-offline-96"].refused == "the graph looks at 64 x 64 pixels already"
+    smaller = found["onnxruntime-offline-48"]
+    assert (smaller.refused, smaller.auroc, smaller.flips) == ("", 1.0, 0)
+    assert smaller.furthest > module.TOLERANCE
+    variant = open_bundle(made.bundle).manifest.variants["onnxruntime-offline-48"]
+    assert variant.threshold == smaller.threshold
+    # A worker proves each on samples of its own, and their scores stand on the bundle's scale.
+    model = LoadedModel(made.bundle, tmp_path / "worker")
+    assert "onnxruntime-offline-48" in model.choice

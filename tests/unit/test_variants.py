@@ -13,6 +13,7 @@ from vigil_common.bundle import open_bundle
 from vigil_common.errors import InvalidBundle
 from vigil_trainer import train, variants
 from vigil_trainer.graphs import open_graph
+from vigil_trainer.variants import Source
 
 from tests.support.shadow import png
 
@@ -29,12 +30,16 @@ def trained() -> Bundle:
     return open_bundle(train(normal, name="cells").bundle)
 
 
+def source_in(folder: Path, bundle: Bundle) -> Source:
+    return Source(folder / bundle.manifest.artefacts["onnxruntime"].path, folder / "made", bundle.manifest, [])
+
+
 def test_a_graph_that_resizes_with_antialias_is_not_made_for_openvino(trained: Bundle, tmp_path: Path) -> None:
     # OpenVINO loads it, and leaves the antialias out.
     pytest.importorskip("openvino")
     trained.extract(tmp_path)
     with pytest.raises(InvalidBundle, match="resizes with antialias"):
-        variants.openvino_f32(tmp_path, trained.manifest, [])
+        variants.openvino_f32(source_in(tmp_path, trained))
 
 
 def test_weights_beside_the_graph_are_taken_into_the_variant(trained: Bundle, tmp_path: Path) -> None:
@@ -42,7 +47,7 @@ def test_weights_beside_the_graph_are_taken_into_the_variant(trained: Bundle, tm
     trained.extract(tmp_path)
     graph = onnx.load(source)
     onnx.save(graph, source, save_as_external_data=True, location="weights.data", size_threshold=4096)
-    (path,) = variants.offline(tmp_path, trained.manifest, [])
+    (path,) = variants.offline(source_in(tmp_path, trained))
     blank = np.zeros((1, 3, 64, 64), dtype=np.float32)
     found, expected = (open_graph(one, trained.manifest, "onnxruntime")(blank)["pred_score"] for one in (path, source))
     assert found == pytest.approx(expected, abs=1e-4)
@@ -105,10 +110,9 @@ def test_where_sums_saturate_weights_have_seven_bits(
     most = {}
     for saturate in (True, False):
         monkeypatch.setattr(variants, "sums_saturate", lambda: saturate)  # noqa: B023 - called in this round
-        path = tmp_path / str(saturate) / trained.manifest.artefacts["onnxruntime"].path
-        path.parent.mkdir(parents=True)
+        path = tmp_path / f"{saturate}.onnx"
         onnx.save(model, path)
-        (made,) = variants.onnx_int8(tmp_path / str(saturate), manifest, images)
+        (made,) = variants.onnx_int8(Source(path, tmp_path / str(saturate), manifest, images))
         known = [numpy_helper.to_array(one) for one in onnx.load(made).graph.initializer]
         most[saturate] = max(np.abs(one.astype(int)).max() for one in known if one.shape == weights.shape)
     assert most == {True: 64, False: 127}
@@ -128,12 +132,11 @@ def test_between_two_quantised_convolutions_nothing_is_turned_to_f32_and_back(tr
     weights = {name: source.normal(size=(3, 3, 3, 3)).astype(np.float32) for name in names}
     bounds = {"low": np.float32(0), "high": np.float32(6)}
     model = graph_of(*nodes, shape=[1, 3, 64, 64], wanted=[1, 3, 64, 64], **weights, **bounds)
-    path = tmp_path / trained.manifest.artefacts["onnxruntime"].path
-    path.parent.mkdir(parents=True)
+    path = tmp_path / "graph.onnx"
     onnx.save(model, path)
     manifest = trained.manifest.model_copy(update={"input": trained.manifest.input.model_copy(update={"name": "x"})})
     images = [source.normal(size=(1, 3, 64, 64)).astype(np.float32) for _ in range(8)]
-    (made,) = variants.onnx_int8(tmp_path, manifest, images)
+    (made,) = variants.onnx_int8(Source(path, tmp_path, manifest, images))
     nodes = list(onnx.load(made).graph.node)
     assert not {"Clip", "Relu"} & {node.op_type for node in nodes}
     assert next(node for node in nodes if node.name == "reads-the-image").input[:2] == ["x", "zeroth"]

@@ -28,6 +28,10 @@ def optimise(
     anomalous: Annotated[
         Path | None, typer.Option(exists=True, help="Anomalous images; without it, frames reviewed so.")
     ] = None,
+    input_size: Annotated[
+        list[int] | None,
+        typer.Option(min=32, help="Also variants for a smaller image: pixels of its shorter side. Repeatable."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the bundle, don't publish it.")] = None,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
@@ -61,6 +65,7 @@ def optimise(
                 calibration=good[::2][:_CALIBRATION_IMAGES],
                 normal=good[1::2],
                 anomalous=bad,
+                input_sizes=input_size or (),
                 progress=status.update,
             )
         _show(made.measured, set(bundle.manifest.artefacts))

@@ -1,8 +1,9 @@
 """A published model made over for speed: measured here, and kept only where it says the same.
 
-What keeps f32 must hold the bundle's parity samples and agree on every image within a thousandth. What is less precise
-gets its threshold anew (where it flips the fewest labels of the images given) and must rank normal and anomalous images
-as well as the original: AUROC at most 0.005 lower. A worker then takes whichever is the fastest on its node.
+What keeps f32 must hold the bundle's parity samples and agree on every image within a thousandth. What is less precise,
+or looks at a smaller image, gets its threshold anew (where it flips the fewest labels of the images given) and must
+rank normal and anomalous images as well as the original: AUROC at most 0.005 lower. A worker then takes whichever is
+the fastest on its node.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vigil_common.scores import moved
 
 from vigil_trainer import metrics
 from vigil_trainer.graphs import MAX_PIXELS, open_graph
-from vigil_trainer.variants import BUILDS
+from vigil_trainer.variants import BUILDS, Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from vigil_common.bundle import Manifest, Precision, Runtime
     from vigil_common.pixels import Tensor
+
+    from vigil_trainer.variants import Build
 
     Scores = NDArray[np.float64]
 
@@ -76,6 +79,30 @@ class Optimised:
 
 
 @dataclass(frozen=True, slots=True)
+class _Tried:
+    """A variant to be made; without a size it looks at what the original looks at."""
+
+    name: str
+    runtime: Runtime
+    precision: Precision
+    build: Build
+    size: int | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it has to say what the original says."""
+        return self.precision == "f32" and self.size is None
+
+
+def _to_try(input_sizes: Sequence[int]) -> list[_Tried]:
+    return [
+        _Tried(name if size is None else f"{name}-{size}", *about, size)
+        for size in (None, *sorted(set(input_sizes), reverse=True))
+        for name, about in BUILDS.items()
+    ]
+
+
+@dataclass(frozen=True, slots=True)
 class _Images:
     normal: Sequence[Tensor]
     anomalous: Sequence[Tensor]
@@ -92,6 +119,7 @@ def optimise(
     calibration: Sequence[bytes],
     normal: Sequence[bytes] = (),
     anomalous: Sequence[bytes] = (),
+    input_sizes: Sequence[int] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Optimised:
     """Make, measure and keep what is worth it.
@@ -100,7 +128,9 @@ def optimise(
         bundle: The published one; variants that it has are made anew.
         calibration: Encoded normal images that quantisation learns ranges from; at least 8.
         normal: Others, to measure by; where there are none, those of the calibration.
-        anomalous: To measure AUROC by; without them nothing less precise than f32 is kept.
+        anomalous: To measure AUROC by; without them nothing is kept that says anything else.
+        input_sizes: Pixels of the image's shorter side, for variants that look at a smaller image than the original
+            does; only of graphs that resize their input themselves.
         progress: Told what is being made.
 
     Raises:
@@ -139,27 +169,23 @@ def optimise(
             furthest = float(np.abs(scores - reference).max())
             measured.append(Measured(runtime, "f32", run_ms, size, area, 0, furthest, manifest.threshold))
         assert reference is not None  # noqa: S101 - there is one for ONNX Runtime
-        for variant, (runtime, precision, build) in BUILDS.items():
-            progress(f"making {variant}")
+        graph = folder / manifest.artefacts["onnxruntime"].path
+        sources: dict[int | None, Source] = {None: Source(graph, folder / "made", manifest, ranges)}
+        for tried in _to_try(input_sizes):
+            progress(f"making {tried.name}")
             try:
-                made = build(folder, manifest, ranges)
-                found, entry = _measure(
-                    variant,
-                    runtime=runtime,
-                    precision=precision,
-                    made=made,
-                    manifest=manifest,
-                    images=images,
-                    reference=reference,
-                )
+                if tried.size is not None and tried.size not in sources:
+                    sources[tried.size] = sources[None].of_size(tried.size)
+                made = tried.build(sources[tried.size])
+                found, entry = _measure(tried, made, manifest, images, reference)
             except Exception as error:  # noqa: BLE001 - the tools raise anything for a graph that they can't do
-                found = _not_made(variant, precision, error)
+                found = _not_made(tried, error)
             else:
                 if entry is not None:
                     paths = tuple(f"variants/{path.parent.name}/{path.name}" for path in made)
                     files |= {name: path.read_bytes() for name, path in zip(paths, made, strict=True)}
                     artefact = Artefact(path=paths[0], files=paths)
-                    variants[variant] = entry.model_copy(update={"artefact": artefact})
+                    variants[tried.name] = entry.model_copy(update={"artefact": artefact})
             measured.append(found)
     lineage = {
         **manifest.lineage,
@@ -173,7 +199,7 @@ def optimise(
     return Optimised(pack(new, files), tuple(measured))
 
 
-def _not_made(name: str, precision: Precision, error: Exception) -> Measured:
+def _not_made(tried: _Tried, error: Exception) -> Measured:
     """What came of a variant whose making failed, and why."""
     if isinstance(error, ImportError):
         why = f"needs {error.name}, not installed"
@@ -182,34 +208,27 @@ def _not_made(name: str, precision: Precision, error: Exception) -> Measured:
     else:
         first = str(error).strip().partition("\n")[0]
         why = f"{type(error).__name__}: {first[:120]}"
-    return Measured(name, precision, 0.0, 0, None, 0, 0.0, 0.0, why)
+    return Measured(tried.name, tried.precision, 0.0, 0, None, 0, 0.0, 0.0, why)
 
 
 def _measure(
-    name: str,
-    *,
-    runtime: Runtime,
-    precision: Precision,
-    made: Sequence[Path],
-    manifest: Manifest,
-    images: _Images,
-    reference: Scores,
+    tried: _Tried, made: Sequence[Path], manifest: Manifest, images: _Images, reference: Scores
 ) -> tuple[Measured, Variant | None]:
     """What a variant is worth, and its entry for the manifest where that is enough."""
-    plain, run_ms = _judged(manifest, made[0], runtime, precision, images.all)
+    plain, run_ms = _judged(manifest, made[0], tried.runtime, tried.precision, images.all)
     area, before = _auroc(plain, images), _auroc(reference, images)
     threshold = manifest.threshold
-    if precision != "f32":
+    if not tried.exact:
         threshold = _recalibrated(plain, reference, manifest.threshold)
     scores = moved(plain, threshold, manifest.threshold)
     flips = int(((scores >= manifest.threshold) != (reference >= manifest.threshold)).sum())
     furthest = float(np.abs(scores - reference).max())
     refused = ""
-    parity, _ = _judged(manifest, made[0], runtime, precision, images.parity)
+    parity, _ = _judged(manifest, made[0], tried.runtime, tried.precision, images.parity)
     parity = moved(parity, threshold, manifest.threshold)
     if not np.isfinite(plain).all():
         refused = "scores that are no numbers"
-    elif precision == "f32":
+    elif tried.exact:
         pairs = zip(parity, manifest.parity, strict=True)
         if furthest > TOLERANCE or any(abs(score - sample.score) > sample.tolerance for score, sample in pairs):
             refused = f"a score is {furthest:.4f} off"
@@ -218,15 +237,15 @@ def _measure(
     elif area < before - AUROC_SLACK:
         refused = f"AUROC {area:.3f} instead of {before:.3f}"
     size = sum(path.stat().st_size for path in made)
-    measured = Measured(name, precision, run_ms, size, area, flips, furthest, threshold, refused)
+    measured = Measured(tried.name, tried.precision, run_ms, size, area, flips, furthest, threshold, refused)
     if refused:
         return measured, None
-    tolerance = TOLERANCE if precision == "f32" else INT8_TOLERANCE
+    tolerance = TOLERANCE if tried.precision == "f32" else INT8_TOLERANCE
     placeholder = Artefact(path=made[0].name, files=())
     entry = Variant(
-        runtime=runtime,
+        runtime=tried.runtime,
         artefact=placeholder,
-        precision=precision,
+        precision=tried.precision,
         threshold=threshold,
         scores=tuple(float(score) for score in parity),
         tolerance=tolerance,

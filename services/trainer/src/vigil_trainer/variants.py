@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from vigil_common.errors import InvalidBundle
 
 from vigil_trainer.features import IR_VERSION, OPSET, open_session
 from vigil_trainer.graphs import load_openvino
+from vigil_trainer.input_size import with_input_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,35 +27,75 @@ if TYPE_CHECKING:
     from vigil_common.bundle import Manifest, Precision, Runtime
     from vigil_common.pixels import Tensor
 
-    # Makes a graph's files, the graph first, from the folder of a bundle and the images to calibrate with.
-    Build = Callable[[Path, Manifest, Sequence[Tensor]], list[Path]]
+    # Makes a graph's files, the graph first.
+    Build = Callable[["Source"], list[Path]]
 
 # Of a batch of maps: batch, channels, height, width.
 PLANES, FEW_CHANNELS = 4, 4
 
 
-def _source(folder: Path, manifest: Manifest) -> Path:
-    return folder / manifest.artefacts["onnxruntime"].path
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What variants are made of.
+
+    Attributes:
+        graph: The ONNX graph.
+        made: Folder for what is made.
+        manifest: Of its bundle.
+        images: To calibrate with, each [1, 3, H, W].
+        suffix: Ends the name of each variant, for those of one graph to differ from another's.
+    """
+
+    graph: Path
+    made: Path
+    manifest: Manifest
+    images: Sequence[Tensor]
+    suffix: str = ""
+
+    def target(self, name: str) -> Path:
+        """A folder for what is called so."""
+        path = self.made / f"{name}{self.suffix}"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def of_size(self, size: int) -> Source:
+        """The same with its image smaller, see `with_input_size`.
+
+        Raises:
+            InvalidBundle: MODEL_UNLOADABLE where the graph can't be had so.
+        """
+        path = self.target("input") / f"{size}.onnx"
+        smaller = Source(path, self.made, self.manifest, self.images, f"-{size}")
+        onnx.save(with_input_size(onnx.load(self.graph), size), path)
+        try:
+            shapes = smaller.output_shapes()
+        except Exception as error:  # the runtime's own exceptions share no base
+            why = f"at {size} pixels the graph fails: it has sizes written down further on"
+            raise InvalidBundle("MODEL_UNLOADABLE", why) from error
+        if shapes != self.output_shapes():
+            raise InvalidBundle("MODEL_UNLOADABLE", f"at {size} pixels the graph's maps have another size")
+        return smaller
+
+    def output_shapes(self) -> list[tuple[int, ...]]:
+        """Of all that the graph says of the first image."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is said by the error
+        session = onnxruntime.InferenceSession(str(self.graph), options, providers=["CPUExecutionProvider"])
+        tensor = np.repeat(self.images[0], self.manifest.fixed_batch or 1, axis=0)
+        return [np.shape(found) for found in session.run(None, {self.manifest.input.name: tensor})]
 
 
-def _target(folder: Path, name: str) -> Path:
-    path = folder / "made" / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def offline(folder: Path, manifest: Manifest, _: Sequence[Tensor]) -> list[Path]:
+def offline(source: Source) -> list[Path]:
     """What ONNX Runtime makes of it at each load, done once; without the layouts of one kind of processor."""
-    path = _target(folder, "offline") / "model.onnx"
+    path = source.target("offline") / "model.onnx"
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
     options.log_severity_level = 3
-    source = _source(folder, manifest)
-    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(str(source.graph), options, providers=["CPUExecutionProvider"])
     # It goes on pointing at weights that lie beside the source.
     made = onnx.load(path, load_external_data=False)
-    onnx.load_external_data_for_model(made, str(source.parent))
+    onnx.load_external_data_for_model(made, str(source.graph.parent))
     onnx.save(made, path)
     return [path]
 
@@ -61,11 +103,9 @@ def offline(folder: Path, manifest: Manifest, _: Sequence[Tensor]) -> list[Path]
 class _Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
     """Feeds images to the calibration."""
 
-    def __init__(self, manifest: Manifest, images: Sequence[Tensor]) -> None:
-        batch = manifest.fixed_batch or 1
-        self._left: Iterator[dict[str, Tensor]] = (
-            {manifest.input.name: np.repeat(image, batch, axis=0)} for image in images
-        )
+    def __init__(self, source: Source) -> None:
+        batch, name = source.manifest.fixed_batch or 1, source.manifest.input.name
+        self._left: Iterator[dict[str, Tensor]] = ({name: np.repeat(image, batch, axis=0)} for image in source.images)
 
     def get_next(self) -> dict[str, Tensor] | None:
         """The next image, None after the last."""
@@ -95,7 +135,7 @@ def sums_saturate() -> bool:
     return int(found[0, 0]) != length * largest * most
 
 
-def onnx_int8(folder: Path, manifest: Manifest, images: Sequence[Tensor]) -> list[Path]:
+def onnx_int8(source: Source) -> list[Path]:
     """Convolutions with eight bits in and out and per-channel weights; the first ones and the comparison stay f32.
 
     What reads the image takes as long in f32, and every later convolution gets what it is off: of STFPM's AUROC 0.007
@@ -103,21 +143,20 @@ def onnx_int8(folder: Path, manifest: Manifest, images: Sequence[Tensor]) -> lis
     convolutions go into the bounds of what the first gives. Left out, each would be turned to f32 and back, which took
     a third of STFPM's time and most of what its scores were off.
     """
-    path = _target(folder, "onnx-int8") / "model.onnx"
+    path = source.target("onnx-int8") / "model.onnx"
     if path.exists():
         return [path]
-    source = _source(folder, manifest)
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # it advises on graphs by warnings of the root logger
     try:
         quantization.quantize_static(
-            str(source),
+            str(source.graph),
             str(path),
-            _Reader(manifest, images),
+            _Reader(source),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=["Conv", "Clip", "Relu"],
-            nodes_to_exclude=first_convolutions(source),
+            nodes_to_exclude=first_convolutions(source.graph),
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -143,7 +182,7 @@ def first_convolutions(path: Path) -> list[str]:
     return list(filter(None, found))
 
 
-def _save_for_openvino(source: Path, path: Path) -> list[Path]:
+def _save_for_openvino(graph: Path, path: Path) -> list[Path]:
     """The graph as OpenVINO keeps it.
 
     Raises:
@@ -151,12 +190,12 @@ def _save_for_openvino(source: Path, path: Path) -> list[Path]:
             out: pixels of the built-in model's small image come out up to 0.03 off, its scores 0.04.
     """
     openvino = load_openvino()
-    graph = onnx.load(source)
-    if any(_attributes(node).get("antialias") for node in graph.graph.node if node.op_type == "Resize"):
+    model = onnx.load(graph)
+    if any(_attributes(node).get("antialias") for node in model.graph.node if node.op_type == "Resize"):
         raise InvalidBundle("MODEL_UNLOADABLE", "the graph resizes with antialias, OpenVINO does without")
     with tempfile.TemporaryDirectory() as folder:
         changed = Path(folder) / "model.onnx"
-        onnx.save(resized_by_products(graph), changed, save_as_external_data=True)
+        onnx.save(resized_by_products(model), changed, save_as_external_data=True)
         openvino.save_model(openvino.convert_model(changed), path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]
 
@@ -214,22 +253,22 @@ def _bilinear(size: int, wanted: int) -> NDArray[np.float32]:
     return weights
 
 
-def openvino_f32(folder: Path, manifest: Manifest, _: Sequence[Tensor]) -> list[Path]:
+def openvino_f32(source: Source) -> list[Path]:
     """OpenVINO's own files of the graph, whose weights stay f32; what its arithmetic is, is said when it is loaded."""
-    path = _target(folder, "openvino") / "model.xml"
+    path = source.target("openvino") / "model.xml"
     if path.exists():
         return [path, path.with_suffix(".bin")]
-    return _save_for_openvino(_source(folder, manifest), path)
+    return _save_for_openvino(source.graph, path)
 
 
-def openvino_int8(folder: Path, manifest: Manifest, images: Sequence[Tensor]) -> list[Path]:
+def openvino_int8(source: Source) -> list[Path]:
     """The same quantised graph in OpenVINO.
 
     NNCF's own quantisation of STFPM was as fast, and ranked worse: by 0.008 of AUROC where it kept to convolutions, by
     0.03 where it did not.
     """
-    (source,) = onnx_int8(folder, manifest, images)
-    return _save_for_openvino(source, _target(folder, "openvino-int8") / "model.xml")
+    (graph,) = onnx_int8(source)
+    return _save_for_openvino(graph, source.target("openvino-int8") / "model.xml")
 
 
 # Every variant that is tried, by name; OpenVINO's f32 too where the bundle has one, for its resizes.
