@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vigil_common.streams.ports import Route
-    from vigil_operator.plan import Emit
+    from vigil_operator.actions import Emit
     from vigil_operator.spec import Numerics, Source
 
 MODEL = "cells"

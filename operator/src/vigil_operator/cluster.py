@@ -21,8 +21,8 @@ from vigil_operator.spec import GROUP, KIND, PLURAL, VERSION
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from vigil_operator.actions import Emit
     from vigil_operator.observed import Resource
-    from vigil_operator.plan import Emit
     from vigil_operator.status import Status
 
 TIMEOUT_S = 10.0

@@ -12,8 +12,8 @@ from vigil_common.errors import NotFound, Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
+from vigil_operator.actions import Emit
 from vigil_operator.observed import REQUEST_ANNOTATION, Resource
-from vigil_operator.plan import Emit
 from vigil_operator.render import MANAGER, MODEL_LABEL
 from vigil_operator.resource import resource_of, status_of
 from vigil_operator.spec import GROUP, PLURAL, VERSION, Spec

@@ -200,6 +200,16 @@ def resolve(source: Source, versions: tuple[Published, ...]) -> Published | None
     return next((found for found in versions if str(found.version) == source.version), None)
 
 
+def why_unknown(source: Source, versions: tuple[Published, ...]) -> str:
+    """Why `resolve` finds none of these."""
+    asked = source.digest or f"version {source.version}"
+    if not versions:
+        return f"nothing is published of model {source.model}"
+    if source.version == LATEST:
+        return f"every version of model {source.model} is deprecated"
+    return f"{asked} of model {source.model} is not published; the newest is {max(one.version for one in versions)}"
+
+
 def may_be(source: Source, version: int, digest: str) -> bool:
     """Whether a source may ask for this version, as far as can be told without the registry."""
     if source.digest is not None:

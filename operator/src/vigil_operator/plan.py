@@ -7,7 +7,6 @@ before what follows from it. Whatever could not be found out leads to nothing be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,19 @@ from vigil_common.evidence import Decision, Outcome, decide
 from vigil_common.evidence import Gates as EvidenceGates
 from vigil_common.streams.ports import Candidate, Live
 
+from vigil_operator.actions import (
+    Action,
+    Emit,
+    EnsureModel,
+    EnsureWorkers,
+    KeepFraction,
+    Plan,
+    RemoveWorkers,
+    WriteRoute,
+    WriteStatus,
+)
+from vigil_operator.conditions import conditions
 from vigil_operator.observed import (
-    NAME_TAKEN,
     Observed,
     Published,
     Request,
@@ -26,13 +36,14 @@ from vigil_operator.observed import (
     may_be,
     resolve,
     since_s,
+    why_unknown,
 )
 from vigil_operator.phases import Event, Phase, after
+from vigil_operator.refusals import BY_A_PERSON, TRY_AGAIN, turned_down
 from vigil_operator.spec import LATEST, duration_s
 from vigil_operator.status import (
     HISTORY_AT_MOST,
     CandidateStatus,
-    Condition,
     Failure,
     GateStatus,
     HistoryEntry,
@@ -51,87 +62,13 @@ if TYPE_CHECKING:
 SOON_S, POLL_S, RESYNC_S = 0.2, 1.0, 60.0
 # Numbers of the comparison are written into the status this often at most.
 SHADOW_STATUS_S = 5.0
-# The attempt of a version that a person turned down: no change of the spec brings it back, only another request.
-BY_A_PERSON = "by a person"
 
 _LOADING = "its workers load and prove the bundle"
 _NOTHING_COMPARED = "no frame compared yet"
-_TRY_AGAIN = "`kubectl vigil resume` tries it again"
 _REQUEST_HELP = "write promote, force-promote, abort, rollback or retry, then a digest or -, then an id"
 _WITH_SHADOW = frozenset({Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.HELD})
-_UNDER_WAY = frozenset({Phase.VERIFYING, Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.PROMOTING, Phase.ROLLING_BACK})
 _NOT_INTERRUPTED = frozenset({Phase.PROMOTING, Phase.ROLLING_BACK})
 _ABOUT_ANOTHER_VERSION = frozenset({Event.CANDIDATE_CHOSEN, Event.FAILED_BEFORE, Event.REFUSED_BEFORE})
-
-
-@dataclass(frozen=True, slots=True)
-class WriteStatus:
-    """Remember this."""
-
-    status: Status
-
-
-@dataclass(frozen=True, slots=True)
-class EnsureWorkers:
-    """Let there be workers of this version, as the spec says, but with numerics of its own."""
-
-    version: int
-    digest: str
-    numerics: Numerics
-
-
-@dataclass(frozen=True, slots=True)
-class EnsureModel:
-    """Let there be what a model has once; its Service leads to the live version's workers, if there is one."""
-
-    live: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveWorkers:
-    """End the workers of this version."""
-
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class WriteRoute:
-    """Write the routing table's record, in one step."""
-
-    live: Live
-    candidate: Candidate | None
-
-
-@dataclass(frozen=True, slots=True)
-class KeepFraction:
-    """Say which part of the model's normal frames is stored; None leaves it to storage's settings."""
-
-    fraction: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """Tell people by a Kubernetes Event."""
-
-    reason: str
-    message: str
-    warning: bool = False
-
-
-Action = WriteStatus | EnsureWorkers | EnsureModel | RemoveWorkers | WriteRoute | KeepFraction | Emit
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to do, in this order, and when to look again if nothing happens."""
-
-    actions: tuple[Action, ...]
-    wake_after_s: float
-
-    @property
-    def status(self) -> Status | None:
-        """The status that is written, if one is."""
-        return next((action.status for action in self.actions if isinstance(action, WriteStatus)), None)
 
 
 def gates_of(gates: Gates) -> EvidenceGates:
@@ -207,32 +144,6 @@ class _Draft:
     def workers(self, digest: str) -> Workload | None:
         return (self.seen.workloads or {}).get(digest)
 
-    def turned_down(self, target: Published) -> Failure | None:
-        """Why this version, as it is asked for now, is not tried again; None where it may be."""
-        failure = self.status.last_failure
-        if failure is not None and failure.digest == target.digest:
-            return failure if failure.attempt in (BY_A_PERSON, self.resource.attempt) else None
-        refused = self._refused_by_a_person(target)
-        if refused is None:
-            return None
-        return Failure(
-            reason=refused.outcome,
-            message=refused.message,
-            version=target.version,
-            digest=target.digest,
-            at=refused.at,
-            attempt=BY_A_PERSON,
-        )
-
-    def _refused_by_a_person(self, target: Published) -> HistoryEntry | None:
-        """That a person turned it down, though another version has failed since; a promotion makes a new start."""
-        for entry in self.status.history:
-            if entry.outcome == "Promoted":
-                return None
-            if entry.digest == target.digest and entry.outcome in ("RolledBack", "Aborted"):
-                return entry
-        return None
-
     # --- what is live, and what is asked for
 
     def adopt(self) -> None:
@@ -270,7 +181,7 @@ class _Draft:
             return
         is_target = live is not None and live.digest == target.digest
         is_candidate = candidate is not None and candidate.digest == target.digest
-        if not (is_target or is_candidate or self.turned_down(target)):
+        if not (is_target or is_candidate or turned_down(self.resource, self.status, target)):
             return
         changed = asked != self.status.spec_threshold
         if live is not None and live.threshold != asked and (is_target or changed):
@@ -390,7 +301,7 @@ class _Draft:
         return ""
 
     def _retry(self, target: Published | None) -> str:
-        failure = self.turned_down(target) if target is not None else None
+        failure = turned_down(self.resource, self.status, target) if target is not None else None
         if failure is None:
             return "nothing has failed"
         self.change(last_failure=failure.model_copy(update={"attempt": "retried"}))
@@ -432,14 +343,19 @@ class _Draft:
         if target is None:
             self._withdraw("it is no longer asked for")
             if status.phase is not Phase.PENDING:
-                self.go(Event.TARGET_LOST, "UnknownVersion", self._unknown(), warning=True)
+                self.go(
+                    Event.TARGET_LOST,
+                    "UnknownVersion",
+                    why_unknown(self.spec.source, self.seen.versions or ()),
+                    warning=True,
+                )
         elif status.live is not None and status.live.digest == target.digest:
             self._settle(target)
         elif status.candidate is not None and status.candidate.digest == target.digest:
             if self._numerics(status.candidate) == self.spec.runtime.numerics:
                 return False
             self._begin(target)
-        elif (failure := self.turned_down(target)) is not None:
+        elif (failure := turned_down(self.resource, self.status, target)) is not None:
             self._stay(failure)
         else:
             self._begin(target)
@@ -460,7 +376,7 @@ class _Draft:
             return
         self._withdraw(f"version {failure.version} is asked for")
         event = Event.REFUSED_BEFORE if failure.attempt == BY_A_PERSON else Event.FAILED_BEFORE
-        message = f"version {failure.version} was turned down before: {failure.message}; {_TRY_AGAIN}"
+        message = f"version {failure.version} was turned down before: {failure.message}; {TRY_AGAIN}"
         self.go(event, failure.reason, message, warning=True, last_failure=failure)
 
     def _begin(self, target: Published) -> None:
@@ -650,6 +566,11 @@ class _Draft:
 
     # --- what follows
 
+    def explain(self, target: Published | None) -> None:
+        """Conditions and generation."""
+        self.change(observed_generation=self.resource.generation)
+        self.change(conditions=conditions(self.resource, self.status, self.seen, target, self.now))
+
     def count_workers(self) -> None:
         """Bring the numbers of ready workers up to date."""
         if self.seen.workloads is None:
@@ -726,94 +647,6 @@ class _Draft:
         if previous is not None and self.now < previous.warm_until:
             return min(RESYNC_S, since_s(self.now, previous.warm_until) + SOON_S)
         return RESYNC_S
-
-    # --- conditions
-
-    def _unknown(self) -> str:
-        source = self.spec.source
-        asked = source.digest or f"version {source.version}"
-        if not self.seen.versions:
-            return f"nothing is published of model {source.model}"
-        if source.version == LATEST:
-            return f"every version of model {source.model} is deprecated"
-        last = max(found.version for found in self.seen.versions)
-        return f"{asked} of model {source.model} is not published; the newest is {last}"
-
-    def explain(self, target: Published | None) -> None:
-        """Conditions and generation."""
-        self.change(observed_generation=self.resource.generation)
-        conditions = (self._ready(), self._progressing(), self._promoted(target), self._synced(target))
-        before = {condition.type: condition for condition in self.status.conditions}
-        made = []
-        for kind, (truth, reason, message) in zip(_CONDITIONS, conditions, strict=True):
-            old = before.get(kind)
-            state = {True: "True", False: "False", None: "Unknown"}[truth]
-            since = old.last_transition_time if old is not None and old.status == state else self.now
-            made.append(
-                Condition.model_validate(
-                    {
-                        "type": kind,
-                        "status": state,
-                        "reason": reason,
-                        "message": message,
-                        "last_transition_time": since,
-                        "observed_generation": self.resource.generation,
-                    }
-                )
-            )
-        self.change(conditions=made)
-
-    def _ready(self) -> _Said:
-        live = self.status.live
-        if live is None:
-            return False, "NothingLive", "no version is live yet"
-        if live.ready_replicas == 0:
-            workers = self.workers(live.digest)
-            problem = next(iter(workers.problems), None) if workers else None
-            detail = f"{problem.reason}: {problem.message}" if problem else "none of its workers is ready"
-            return False, "NoWorkers", f"version {live.version}: {detail}"
-        if self.seen.route is not None and (self.seen.route.live is None or self.seen.route.live.digest != live.digest):
-            return False, "RouteNotWritten", f"version {live.version} is not in the routing table yet"
-        return True, "Serving", f"version {live.version} serves"
-
-    def _progressing(self) -> _Said:
-        phase, candidate = self.status.phase, self.status.candidate
-        if phase is Phase.AWAITING_APPROVAL:
-            return True, phase.value, "its gates passed; `kubectl vigil promote` makes it live"
-        if phase in _UNDER_WAY:
-            return True, phase.value, candidate.message if candidate else ""
-        return False, phase.value, candidate.message if candidate else ""
-
-    def _promoted(self, target: Published | None) -> _Said:
-        live, phase, failure = self.status.live, self.status.phase, self.status.last_failure
-        if live is not None and target is not None and live.digest == target.digest and phase is not Phase.PROMOTING:
-            return True, "Promoted", f"version {live.version} is live, as asked for"
-        if target is None:
-            if self.seen.versions is None:
-                return None, "RegistryUnavailable", self.seen.away.get("Registry", "")
-            return False, "UnknownVersion", self._unknown()
-        if failure is not None and failure.digest == target.digest and phase in (Phase.FAILED, Phase.HELD):
-            return False, failure.reason, failure.message
-        refused = self._refused_by_a_person(target)
-        if refused is not None and self.turned_down(target):
-            return False, refused.outcome, f"{refused.message}; {_TRY_AGAIN}"
-        return False, phase.value, f"version {target.version} is asked for"
-
-    def _synced(self, target: Published | None) -> _Said:
-        if self.seen.taken_by:
-            return False, "ModelTaken", f"{self.seen.taken_by} has model {self.spec.source.model} already"
-        if self.seen.away:
-            part = next(iter(self.seen.away))
-            if NAME_TAKEN in self.seen.away:
-                return False, "NameTaken", self.seen.away[NAME_TAKEN]
-            return False, f"{part}Unavailable", "; ".join(self.seen.away.values())
-        if self.seen.versions is not None and target is None:
-            return False, "UnknownVersion", self._unknown()
-        return True, "Synced", ""
-
-
-_CONDITIONS = ("Ready", "Progressing", "Promoted", "Synced")
-_Said = tuple[bool | None, str, str]
 
 
 def _plain(version: VersionStatus) -> dict[str, Any]:

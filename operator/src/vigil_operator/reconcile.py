@@ -13,10 +13,7 @@ from vigil_common.errors import Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
-from vigil_operator.observed import NAME_TAKEN, Observed, RouteSeen
-from vigil_operator.phases import Phase
-from vigil_operator.plan import (
-    POLL_S,
+from vigil_operator.actions import (
     Action,
     Emit,
     EnsureModel,
@@ -25,8 +22,10 @@ from vigil_operator.plan import (
     RemoveWorkers,
     WriteRoute,
     WriteStatus,
-    plan,
 )
+from vigil_operator.observed import NAME_TAKEN, Observed, RouteSeen
+from vigil_operator.phases import Phase
+from vigil_operator.plan import POLL_S, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping

@@ -24,8 +24,8 @@ from vigil_cli.local.resources import ResourceFiles
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vigil_operator.actions import Emit
     from vigil_operator.observed import Description, Resource
-    from vigil_operator.plan import Emit
     from vigil_operator.spec import Numerics
     from vigil_operator.status import Status
 
