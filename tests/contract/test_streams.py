@@ -416,17 +416,21 @@ async def test_over_the_servers_memory_a_known_model_still_gets_another_route(
     await connection.command("FLUSHALL")
     live, candidate = Live(1, "sha256:1"), Candidate(2, "sha256:2", 0.4)
     await streams.routing.write(M, live=live)
-    await connection.client.config_set("maxmemory", 1)
+    everywhere = {"target_nodes": "all"} if connection.clustered else {}
+    await connection.client.config_set("maxmemory", 1, **everywhere)
     try:
         await streams.routing.keep_fraction(M, 0.5)
         route = await streams.routing.write(M, live=live, candidate=candidate)
         assert (await streams.routing.get(M), await streams.routing.kept_fraction(M)) == (route, 0.5)
-        with pytest.raises(Unavailable, match="used memory"):
+        with pytest.raises(Unavailable, match="over its memory"):
             await streams.routing.write("another", live=live)
+        # What is remembered for a reviewer's comfort is refused in the same words.
+        with pytest.raises(Unavailable, match="over its memory"):
+            await streams.reviews.give(M, "anna", ["f1"])
         await streams.routing.remove(M)
         assert await streams.routing.models() == []
     finally:
-        await connection.client.config_set("maxmemory", 0)
+        await connection.client.config_set("maxmemory", 0, **everywhere)
         await streams.close()
 
 

@@ -15,6 +15,7 @@ from redis.exceptions import (
     ClusterDownError,
     ClusterError,
     NoScriptError,
+    OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
     RedisError,
@@ -72,18 +73,29 @@ def away(error: BaseException) -> bool:
     return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
 
 
+class OverMemory(Unavailable):
+    """Redis serves, and takes nothing more that costs memory."""
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same command may work later."""
+    return isinstance(error, OutOfMemoryError) or away(error)
+
+
 def unavailable(error: BaseException) -> Unavailable:
     """The same for the caller."""
+    if isinstance(error, OutOfMemoryError):
+        return OverMemory("QUEUE_UNAVAILABLE", f"Redis is over its memory ({error}); try again", retry_after_s=1.0)
     return Unavailable("QUEUE_UNAVAILABLE", f"Redis is away ({error}); try again", retry_after_s=1.0)
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn lost connections, and servers that can't serve now, into `Unavailable`."""
+    """Turn lost connections, and servers that can't serve this now, into `Unavailable`."""
     try:
         yield
     except (RedisError, RedisClusterException, OSError, RuntimeError) as error:
-        if not away(error):
+        if not passing(error):
             raise
         raise unavailable(error) from error
 
@@ -138,7 +150,7 @@ def _settle(group: Sequence[_Each], result: Any) -> None:
         if each.future.done():
             continue
         if isinstance(result, BaseException):
-            each.future.set_exception(unavailable(result) if away(result) else result)
+            each.future.set_exception(unavailable(result) if passing(result) else result)
         else:
             each.future.set_result(result[index])
 
@@ -216,7 +228,7 @@ class Connection:
         else:
             results = await self._converse(commands)
         for result in results:
-            if isinstance(result, BaseException) and away(result):
+            if isinstance(result, BaseException) and passing(result):
                 raise unavailable(result)
         return results
 

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import OutOfMemoryError, ResponseError
+from redis.exceptions import ResponseError
 
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
@@ -17,6 +17,7 @@ from vigil_common.streams.redis_connection import (
     SHADOW,
     STORAGE,
     Connection,
+    OverMemory,
     Script,
     Shared,
     entries_of,
@@ -63,7 +64,7 @@ class RedisFrameQueue:
         """Put a frame into the queue once."""
         if model not in self._ensured:
             # Over the server's memory the script says so, and still what is known; the groups begin at the beginning.
-            with suppress(OutOfMemoryError):
+            with suppress(OverMemory):
                 await self._connection.ensure_groups(model)
                 self._ensured.add(model)
         start = prefix(model)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from redis.exceptions import OutOfMemoryError
-
 from vigil_common.streams.ports import QueuedAnnotation
-from vigil_common.streams.redis_connection import Connection, Script, entries_of, fields_of, prefix
+from vigil_common.streams.redis_connection import Connection, OverMemory, Script, entries_of, fields_of, prefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +31,7 @@ class RedisReviewLog:
         keys = [f"{start}annotations", f"{start}annotation-ids"]
         try:
             waits = await self._connection.script(ANNOTATE, keys, [annotation_id, body, mask, self.LIMIT])
-        except OutOfMemoryError:
+        except OverMemory:
             return None
         return (waits[0].decode(), waits[1]) if waits else None
 

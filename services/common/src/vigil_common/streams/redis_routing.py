@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import OutOfMemoryError
-
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.ports import Candidate, Live, Route, check_roles, route_changed
-from vigil_common.streams.redis_connection import Connection, Script, fields_of, prefix, unavailable
+from vigil_common.streams.redis_connection import Connection, Script, fields_of, prefix
 from vigil_common.streams.redis_shadow import REPORT_KEPT_S
 
 if TYPE_CHECKING:
@@ -98,10 +96,7 @@ class RedisRouting:
         """List the model, where it is not: over its memory Redis refuses the command even where it changes nothing."""
         if model in await self.models():
             return
-        try:
-            await self._connection.command("SADD", MODELS, model)
-        except OutOfMemoryError as error:
-            raise unavailable(error) from error
+        await self._connection.command("SADD", MODELS, model)
 
     async def promote(
         self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None
