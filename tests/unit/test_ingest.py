@@ -6,7 +6,6 @@ import asyncio
 import io
 import time
 import uuid
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,23 +17,23 @@ from grpc_status import rpc_status
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil.ingest.v1 import ingest_pb2
 from vigil.types.v1 import types_pb2
-from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
-from vigil_common.grpc.server import create_server
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Emission
 from vigil_ingest.app import Ingest, Limits
 from vigil_ingest.domain import Submission, check
-from vigil_ingest.servicer import TOGETHER, Answers, IngestServicer
+from vigil_ingest.servicer import TOGETHER, Answers
+
+from tests.support.ingest import MODEL, Served, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-MODEL = "cells"
 NOW_US = 1_790_000_000_000_000
 LIMITS = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=0.3)
+BUDGET_BYTES = 20_000
 
 
 def picture(size: tuple[int, int] = (10, 10), **options: Any) -> bytes:
@@ -104,43 +103,9 @@ def test_an_accepted_label_value_survives_a_header(value: str) -> None:
     assert not set(value) & {",", '"'}
 
 
-class Served:
-    """Ingest on a port, with a worker that answers as the test says."""
-
-    def __init__(self, stub: ingest_pb2_grpc.IngestServiceAsyncStub, streams: MemoryStreams) -> None:
-        self.stub = stub
-        self.streams = streams
-
-    async def judge(self, count: int = 1) -> None:
-        source = self.streams.source(MODEL, "worker")
-        for _ in range(count):
-            (frame,) = await source.read(count=1, block_ms=2000)
-            header = types_pb2.FrameHeader.FromString(frame.header)
-            outcome = types_pb2.Outcome(frame_id=header.frame_id, verdict=types_pb2.Verdict(frame_id=header.frame_id))
-            data = outcome.SerializeToString()
-            await source.emit([Emission(frame.entry_id, header.frame_id, data, data)])
-
-
-@asynccontextmanager
-async def serving(limits: Limits) -> AsyncIterator[Served]:
-    streams = MemoryStreams(budget_bytes=20_000)
-    await streams.routing.promote(MODEL, version=3, digest="sha256:3", threshold=None)
-    app = Ingest(streams.queue, streams.routing, replica="r", limits=limits)
-    handle = create_server("127.0.0.1:0", access={"vigil.ingest.v1.IngestService": {}}, security=SecuritySettings())
-    servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
-    ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
-    await handle.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{handle.port}") as channel:
-            yield Served(ingest_pb2_grpc.IngestServiceStub(channel), streams)
-    finally:
-        await handle.drain(0)
-        await app.close()
-
-
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
-    async with serving(LIMITS) as found:
+    async with serving(LIMITS, budget_bytes=BUDGET_BYTES) as found:
         yield found
 
 
@@ -195,7 +160,12 @@ async def test_frames_of_one_request_are_each_answered_as_if_alone(served: Serve
         for other in (request("f1"), request("f2", b"no image at all"), request("f3"))
     )
     together.more.extend(ingest_pb2.SubmitRequest(frame=request(f"g{index}").frame) for index in range(6))
-    worker = asyncio.create_task(served.judge(10))  # past the stream's window, and of both kinds
+
+    async def judge_all() -> None:
+        for _ in range(10):
+            await served.judge()
+
+    worker = asyncio.create_task(judge_all())  # past the stream's window, and of both kinds
     responses = [response async for response in served.stub.Stream(iter([together, request("last")]))]
     await worker
     assert not any(response.more for response in responses)  # not asked for
@@ -294,7 +264,7 @@ async def test_a_slow_reader_stops_the_reading_at_its_window() -> None:
             yield ingest_pb2.StreamRequest(frame=request(f"f{index}").frame, wait_for=wait)
 
     # A verdict that is late is an answer, which makes room for another frame.
-    async with serving(replace(LIMITS, verdict_timeout_s=60.0)) as served:
+    async with serving(replace(LIMITS, verdict_timeout_s=60.0), budget_bytes=BUDGET_BYTES) as served:
         call = served.stub.Stream(offer())
         deadline = time.monotonic() + 2
         while (await served.streams.queue.depth(MODEL)).frames < 4 and time.monotonic() < deadline:

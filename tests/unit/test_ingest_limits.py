@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 import yaml
 from google.rpc import error_details_pb2
-from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil.ingest.v1 import ingest_pb2
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import QueueFull
-from vigil_common.grpc.server import create_server
-from vigil_common.streams.memory import MemoryStreams
 from vigil_ingest import limits
-from vigil_ingest.app import Ingest, Limits
-from vigil_ingest.bootstrap import ACCESS
 from vigil_ingest.limits import ClientLimits, Clients
-from vigil_ingest.servicer import IngestServicer
 
 from tests.fuzz.seeds import images
+from tests.support.ingest import serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
 ACCEPTED = ingest_pb2.WAIT_FOR_ACCEPTED
@@ -107,29 +101,14 @@ def test_clients_that_were_quiet_are_forgotten(monkeypatch: pytest.MonkeyPatch) 
     assert len(clients._spent) <= 11
 
 
-@asynccontextmanager
-async def serving(asked: ClientLimits, settings: SecuritySettings | None = None) -> AsyncIterator[Any]:
-    streams = MemoryStreams()
-    await streams.routing.promote("cells", version=1, digest="sha256:1", threshold=None)
-    bounds = Limits(image_bytes=100_000, image_pixels=10_000, verdict_timeout_s=5)
-    app = Ingest(streams.queue, streams.routing, replica="r", limits=bounds, clients=Clients(asked))
-    handle = create_server("localhost:0", access=ACCESS, security=settings or SecuritySettings())
-    servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
-    ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
-    await handle.start()
-    async with grpc.aio.insecure_channel(f"localhost:{handle.port}") as channel:
-        yield ingest_pb2_grpc.IngestServiceStub(channel)
-    await handle.drain(0)
-    await app.close()
-
-
 def request(frame_id: str) -> ingest_pb2.StreamRequest:
     frame = ingest_pb2.Frame(frame_id=frame_id, model="cells", image=images()[1])
     return ingest_pb2.StreamRequest(frame=frame, wait_for=ACCEPTED)
 
 
 async def test_more_streams_than_allowed_are_refused_and_room_comes_back() -> None:
-    async with serving(ClientLimits(calls=2)) as stub:
+    async with serving(clients=ClientLimits(calls=2)) as served:
+        stub: Any = served.stub
         open_streams = []
         for number in range(2):
             call = stub.Stream()
@@ -158,7 +137,8 @@ async def test_a_limited_frame_is_told_when_to_come_again_and_its_stream_goes_on
         for name, token in tokens.items()
     ]
     path.write_text(yaml.safe_dump({"tokens": entries}))
-    async with serving(ClientLimits(frames_per_s=0.5), SecuritySettings(tokens_file=path)) as stub:
+    async with serving(clients=ClientLimits(frames_per_s=0.5), security=SecuritySettings(tokens_file=path)) as served:
+        stub: Any = served.stub
         for name, token in tokens.items():
             call = stub.Stream(
                 iter([request(f"{name}{number}") for number in range(4)]),
