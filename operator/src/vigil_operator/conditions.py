@@ -64,13 +64,15 @@ def _ready(status: Status, seen: Observed) -> Said:
     live = status.live
     if live is None:
         return False, "NothingLive", "no version is live yet"
+    workers = (seen.workloads or {}).get(live.digest)
+    problem = next(iter(workers.problems), None) if workers else None
+    trouble = f"{problem.reason}: {problem.message}" if problem else ""
     if live.ready_replicas == 0:
-        workers = (seen.workloads or {}).get(live.digest)
-        problem = next(iter(workers.problems), None) if workers else None
-        detail = f"{problem.reason}: {problem.message}" if problem else "none of its workers is ready"
-        return False, "NoWorkers", f"version {live.version}: {detail}"
+        return False, "NoWorkers", f"version {live.version}: {trouble or 'none of its workers is ready'}"
     if seen.route is not None and (seen.route.live is None or seen.route.live.digest != live.digest):
         return False, "RouteNotWritten", f"version {live.version} is not in the routing table yet"
+    if trouble:  # others serve: one of several, or those from before a change of the spec
+        return True, "Serving", f"version {live.version} serves, but not by all of its workers: {trouble}"
     return True, "Serving", f"version {live.version} serves"
 
 

@@ -22,7 +22,7 @@ from vigil_operator.resource import resource_of, status_of
 from vigil_cli.local.resources import ResourceFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from vigil_operator.actions import Emit
     from vigil_operator.observed import Description, Resource
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 POLL_S = 0.2
 # A worker that ended is started again after so long, times its restarts.
 BACKOFF_S = 1.0
+# One that had run for so long begins to count anew.
+STEADY_S = 600.0
 
 log = get_logger()
 
@@ -44,6 +46,7 @@ class _Started:
 
     settings: dict[str, str]
     numerics: str
+    since: float
     restarts: int = 0
     again_at: float = 0.0
     said: Description | None = None
@@ -54,6 +57,7 @@ class LocalWorkers:
     """Workers as processes of a stack."""
 
     stack: LocalStack
+    clock: Callable[[], float] = time.monotonic
     _started: dict[str, dict[str, _Started]] = field(default_factory=dict)
 
     def _key(self, resource: Resource, digest: str) -> str:
@@ -85,7 +89,7 @@ class LocalWorkers:
             return []
         tail = self.stack.tail(process)
         said = last_words(tail)
-        often = started.restarts >= RESTARTS_FINAL
+        often = started.restarts >= RESTARTS_FINAL and self.clock() - started.since < STEADY_S
         if said is not None:
             reason, message, final = said
             return [Problem(reason, f"{process}: {message}", final=final or often)]
@@ -111,7 +115,7 @@ class LocalWorkers:
                 await self._end(processes, name)
                 started = None
             if started is None:
-                processes[name] = _Started(settings, str(numerics))
+                processes[name] = _Started(settings, str(numerics), self.clock())
                 self.stack.launch_worker(name, spec.source.model, version, **settings)
             elif self.stack.pid(name) is None:
                 self._again(started, name, spec.source.model, version)
@@ -119,11 +123,13 @@ class LocalWorkers:
             await self._end(processes, name)
 
     def _again(self, started: _Started, name: str, model: str, version: int) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if not started.again_at:
+            if now - started.since >= STEADY_S:
+                started.restarts = 0
             started.again_at = now + BACKOFF_S * (1 + started.restarts)
         elif now >= started.again_at:
-            started.restarts, started.again_at, started.said = started.restarts + 1, 0.0, None
+            started.restarts, started.again_at, started.said, started.since = started.restarts + 1, 0.0, None, now
             self.stack.launch_worker(name, model, version, **started.settings)
 
     async def remove(self, resource: Resource, digest: str) -> None:
