@@ -208,7 +208,8 @@ async def test_an_entry_outside_of_the_time_asked_for_is_no_error(stores: Stores
 
 async def test_labels_are_compared_as_text(stores: Stores) -> None:
     values = ["7", "07", "7.0", "1e3", "1000.0", "true", "0123", "123", "nan", "abc", "-5", "+7"]
-    await stores.frames.write([record(f"f{i}", T0 + i, v=value) for i, value in enumerate(values)])
+    written = await stores.frames.write([record(f"f{i}", T0 + i, v=value) for i, value in enumerate(values)])
+    assert written == [Written(T0 + i) for i in range(len(values))]
     for i, value in enumerate(values):
         assert await found(stores.frames, limit=1, equals={"v": value}) == [f"f{i}"], value
 
