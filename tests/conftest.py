@@ -1,6 +1,11 @@
-"""Before every test: settings of a platform that runs beside it, such as those of `out/local/env`, are taken away."""
+"""Before every test: what tests and the processes that they start would inherit is taken away.
+
+Settings of a platform that runs beside it, such as those of `out/local/env`; and that a shell's background job, as which
+the tests may run, does not hear Ctrl-C.
+"""
 
 import os
+import signal
 
 _FOR_TESTS = (
     "VIGIL_TEST_",
@@ -15,3 +20,5 @@ _FOR_TESTS = (
 # As this is loaded: some are read when a module is.
 for _name in [name for name in os.environ if name.startswith("VIGIL_") and not name.startswith(_FOR_TESTS)]:
     del os.environ[_name]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
