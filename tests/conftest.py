@@ -1,7 +1,7 @@
 """Before every test: what tests and the processes that they start would inherit is taken away.
 
-Settings of a platform that runs beside it, such as those of `out/local/env`; and that a shell's background job, as which
-the tests may run, does not hear Ctrl-C.
+Settings of a platform that runs beside it, such as those of `out/local/env`; and that a shell's background job, as
+which the tests may run, does not hear Ctrl-C.
 """
 
 import os
