@@ -155,11 +155,11 @@ class LoadedModel:
         if self._proven is None:
             assert refused is not None  # noqa: S101 - there is a candidate, and it was not taken
             raise refused
-        notes = ", ".join(f"{name} {took[name]}" for name in took)
+        notes = ", ".join(f"{name} {said}" for name, said in took.items())
         self.choice = f"{self.artefact} is the fastest here that holds its parity: {notes}"
 
     def _in_turn(self, *rivals: Proven) -> NDArray[np.float64]:
-        """Seconds of one image's run [turns, rivals]; in turn, because the speed of a node with other work drifts."""
+        """Seconds of one image's run [turns, 2]; in turn, because the speed of a node with other work drifts."""
         tensor = self._samples[0] if self._samples else self._blank
         runs_s: list[list[float]] = []
         began = time.perf_counter()

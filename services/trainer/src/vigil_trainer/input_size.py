@@ -9,7 +9,7 @@ from onnx import helper
 from vigil_common.errors import InvalidBundle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 # These work element by element, and stretch what is smaller.
 STRETCHING = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min"})
@@ -27,9 +27,8 @@ def with_input_size(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
     Raises:
         InvalidBundle: MODEL_UNLOADABLE: it does not resize its input, or to nothing larger than that.
     """
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    known = {value.name: value for value in [*graph.value_info, *graph.output]}
-    planes = {name: [one.dim_value for one in value.type.tensor_type.shape.dim][PLANE] for name, value in known.items()}
+    shapes = shapes_of(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
+    planes = {name: shape[PLANE] for name, shape in shapes.items()}
     resize = _resize_of_input(model.graph)
     before = planes.get(resize.output[0], []) if resize else []
     if resize is None or not all(before):
@@ -44,23 +43,28 @@ def with_input_size(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
     return model
 
 
-def _resize_of_input(graph: onnx.GraphProto) -> onnx.NodeProto | None:
-    """The one that everything of the input goes through, with no convolution and no cropping before or behind it."""
-    weights = {one.name for one in graph.initializer}
-    pixels = {one.name for one in graph.input} - weights
-    found: onnx.NodeProto | None = None
+def shapes_of(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """Shapes by name, as far as shape inference has written them down; what is not known is 0."""
+    known = [*graph.value_info, *graph.input, *graph.output]
+    return {value.name: [one.dim_value for one in value.type.tensor_type.shape.dim] for value in known}
+
+
+def readers_of_the_image(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes with no convolution between them and the image."""
+    pixels = {one.name for one in graph.input} - {one.name for one in graph.initializer}
     for node in graph.node:
         # A shape is no pixels: what is made of it is not followed.
         if node.op_type == "Shape" or pixels.isdisjoint(node.input):
             continue
-        if node.op_type == "Conv":
-            continue
-        if node.op_type in {"Resize", "Slice", "Crop", "Pad"}:
-            if found is not None or node.op_type != "Resize":
-                return None
-            found = node
-        pixels.update(node.output)
-    return found
+        yield node
+        if node.op_type != "Conv":
+            pixels.update(node.output)
+
+
+def _resize_of_input(graph: onnx.GraphProto) -> onnx.NodeProto | None:
+    """The one that everything of the input goes through, with no cropping before or behind it."""
+    framing = [node for node in readers_of_the_image(graph) if node.op_type in {"Resize", "Slice", "Crop", "Pad"}]
+    return framing[0] if [node.op_type for node in framing] == ["Resize"] else None
 
 
 def _set_size(graph: onnx.GraphProto, resize: onnx.NodeProto, plane: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from vigil_common.errors import InvalidBundle
 
 from vigil_trainer.features import IR_VERSION, OPSET, open_session
 from vigil_trainer.graphs import load_openvino
-from vigil_trainer.input_size import with_input_size
+from vigil_trainer.input_size import readers_of_the_image, shapes_of, with_input_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -170,16 +170,8 @@ def onnx_int8(source: Source) -> list[Path]:
 def first_convolutions(path: Path) -> list[str]:
     """Names of the graph's convolutions with no other between them and the image, where they have one."""
     graph = onnx.load(path, load_external_data=False).graph
-    pixels = {one.name for one in graph.input}
-    found = []
-    for node in graph.node:
-        if pixels.isdisjoint(node.input):
-            continue
-        if node.op_type == "Conv":
-            found.append(node.name)
-        else:
-            pixels.update(node.output)
-    return list(filter(None, found))
+    names = (node.name for node in readers_of_the_image(graph) if node.op_type == "Conv")
+    return list(filter(None, names))
 
 
 def _save_for_openvino(graph: Path, path: Path) -> list[Path]:
@@ -208,8 +200,7 @@ def resized_by_products(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     model = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = model.graph
-    known = [*graph.value_info, *graph.input, *graph.output]
-    shapes = {value.name: [one.dim_value for one in value.type.tensor_type.shape.dim] for value in known}
+    shapes = shapes_of(graph)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         before, after = (shapes.get(name, []) for name in (node.input[0] if node.input else "", node.output[0]))

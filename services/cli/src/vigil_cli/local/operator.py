@@ -89,7 +89,7 @@ class LocalWorkers:
             return []
         tail = self.stack.tail(process)
         said = last_words(tail)
-        often = started.restarts >= RESTARTS_FINAL and self.clock() - started.since < STEADY_S
+        often = self._failures(started) >= RESTARTS_FINAL
         if said is not None:
             reason, message, final = said
             return [Problem(reason, f"{process}: {message}", final=final or often)]
@@ -122,11 +122,14 @@ class LocalWorkers:
         for name in set(processes) - set(wanted):
             await self._end(processes, name)
 
+    def _failures(self, started: _Started) -> int:
+        """How often it has failed in a row."""
+        return 0 if self.clock() - started.since >= STEADY_S else started.restarts
+
     def _again(self, started: _Started, name: str, model: str, version: int) -> None:
         now = self.clock()
         if not started.again_at:
-            if now - started.since >= STEADY_S:
-                started.restarts = 0
+            started.restarts = self._failures(started)
             started.again_at = now + BACKOFF_S * (1 + started.restarts)
         elif now >= started.again_at:
             started.restarts, started.again_at, started.said, started.since = started.restarts + 1, 0.0, None, now
