@@ -34,7 +34,7 @@ from vigil_shadow.domain import Compared
 from vigil_shadow.pairing import Pairing
 from vigil_trainer import train
 
-from tests.bench.bench import MODEL, WINDOW, closed_loop, drained, make_bundle, open_loop
+from tests.bench.bench import MODEL, closed_loop, drained, make_bundle, open_loop
 from tests.support.cells import load_cells
 from tests.support.cpu import cpu_s
 from tests.support.shadow import CANDIDATE, LIVE, Answer, numbered
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from vigil_client import Model
 
+WINDOW = 8
 MODES = ("off", "on", "stopped")
 STEP = 256
 
