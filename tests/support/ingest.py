@@ -22,7 +22,7 @@ from vigil_ingest.open_inference import OpenInferenceServicer
 from vigil_ingest.servicer import IngestServicer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 # The model that is live, in this version.
 MODEL, VERSION = "cells", 3
@@ -49,6 +49,45 @@ class Served:
 
 
 @asynccontextmanager
+async def started(
+    limits: Limits = LIMITS,
+    *,
+    models: Sequence[str] = (MODEL,),
+    bind: str = "127.0.0.1:0",
+    clients: ClientLimits | None = None,
+    security: SecuritySettings | None = None,
+    budget_bytes: int = 1 << 20,
+) -> AsyncIterator[tuple[int, MemoryStreams]]:
+    """Its server until left: the port and the queue behind it.
+
+    Args:
+        limits: Of an image and of the wait for its verdict.
+        models: Those that are live.
+        bind: Where to listen.
+        clients: Of what each client may ask for; without it anything.
+        security: For TLS and tokens.
+        budget_bytes: Of the queue.
+    """
+    streams = MemoryStreams(budget_bytes=budget_bytes)
+    for model in models:
+        await streams.routing.promote(model, version=VERSION, digest=f"sha256:{VERSION}", threshold=None)
+    asked = Clients(clients or ClientLimits())
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=limits, clients=asked)
+    handle = create_server(bind, access=ACCESS, security=security or SecuritySettings())
+    stopping = asyncio.Event()
+    ingest_pb2_grpc.add_IngestServiceServicer_to_server(IngestServicer(app, window=4, stopping=stopping), handle.server)
+    open_inference = OpenInferenceServicer(app, stopping=stopping)
+    grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, handle.server)
+    await handle.start()
+    await handle.ready()
+    try:
+        yield handle.port, streams
+    finally:
+        await handle.drain(0)
+        await app.close()
+
+
+@asynccontextmanager
 async def serving(
     limits: Limits = LIMITS,
     *,
@@ -56,31 +95,13 @@ async def serving(
     security: SecuritySettings | None = None,
     budget_bytes: int = 1 << 20,
 ) -> AsyncIterator[Served]:
-    """Serve until left.
-
-    Args:
-        limits: Of an image and of the wait for its verdict.
-        clients: Of what each client may ask for; without it anything.
-        security: For tokens.
-        budget_bytes: Of the queue.
-    """
-    streams = MemoryStreams(budget_bytes=budget_bytes)
-    await streams.routing.promote(MODEL, version=VERSION, digest=f"sha256:{VERSION}", threshold=None)
-    asked = Clients(clients or ClientLimits())
-    app = Ingest(streams.queue, streams.routing, replica="r", limits=limits, clients=asked)
-    handle = create_server("127.0.0.1:0", access=ACCESS, security=security or SecuritySettings())
-    stopping = asyncio.Event()
-    ingest_pb2_grpc.add_IngestServiceServicer_to_server(IngestServicer(app, window=4, stopping=stopping), handle.server)
-    open_inference = OpenInferenceServicer(app, stopping=stopping)
-    grpc_predict_v2_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, handle.server)
-    await handle.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{handle.port}") as channel:
-            yield Served(
-                ingest_pb2_grpc.IngestServiceStub(channel),
-                grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel),
-                streams,
-            )
-    finally:
-        await handle.drain(0)
-        await app.close()
+    """The same, with a client without TLS beside it; see `started`."""
+    async with (
+        started(limits, clients=clients, security=security, budget_bytes=budget_bytes) as (port, streams),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        yield Served(
+            ingest_pb2_grpc.IngestServiceStub(channel),
+            grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel),
+            streams,
+        )

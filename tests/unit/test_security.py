@@ -23,11 +23,10 @@ from vigil_common.grpc import reloading
 from vigil_common.grpc import security as grpc_security
 from vigil_common.grpc.security import connect
 from vigil_common.grpc.server import create_server
-from vigil_common.streams.memory import MemoryStreams
-from vigil_ingest.app import Ingest, Limits
+from vigil_ingest.app import Limits
 from vigil_ingest.bootstrap import ACCESS
-from vigil_ingest.servicer import IngestServicer
 
+from tests.support.ingest import started
 from tests.support.valkey import free_port
 
 if TYPE_CHECKING:
@@ -40,18 +39,8 @@ TOKENS = {"line": "a" * 40, "other": "b" * 40, "reviewer": "c" * 40, "admin": "d
 
 @asynccontextmanager
 async def serving(settings: SecuritySettings, port: int = 0) -> AsyncIterator[int]:
-    streams = MemoryStreams()
-    for model in ("cells", "nuts"):
-        await streams.routing.promote(model, version=1, digest="sha256:1", threshold=None)
-    app = Ingest(streams.queue, streams.routing, replica="r", limits=LIMITS)
-    handle = create_server(f"localhost:{port}", access=ACCESS, security=settings)
-    servicer = IngestServicer(app, window=4, stopping=asyncio.Event())
-    ingest_pb2_grpc.add_IngestServiceServicer_to_server(servicer, handle.server)
-    await handle.start()
-    await handle.ready()
-    yield handle.port
-    await handle.drain(0)
-    await app.close()
+    async with started(LIMITS, models=("cells", "nuts"), bind=f"localhost:{port}", security=settings) as (bound, _):
+        yield bound
 
 
 async def reason(channel: grpc.aio.Channel, *, model: str = "cells", token: str | None = None) -> str:

@@ -170,13 +170,15 @@ def optimise(
             measured.append(Measured(runtime, "f32", run_ms, size, area, 0, furthest, manifest.threshold))
         assert reference is not None  # noqa: S101 - there is one for ONNX Runtime
         graph = folder / manifest.artefacts["onnxruntime"].path
-        sources: dict[int | None, Source] = {None: Source(graph, folder / "made", manifest, ranges)}
+        sources = _sources(Source(graph, folder / "made", manifest, ranges), input_sizes)
         for tried in _to_try(input_sizes):
             progress(f"making {tried.name}")
+            source = sources[tried.size]
+            if isinstance(source, Exception):
+                measured.append(_not_made(tried, source))
+                continue
             try:
-                if tried.size is not None and tried.size not in sources:
-                    sources[tried.size] = sources[None].of_size(tried.size)
-                made = tried.build(sources[tried.size])
+                made = tried.build(source)
                 found, entry = _measure(tried, made, manifest, images, reference)
             except Exception as error:  # noqa: BLE001 - the tools raise anything for a graph that they can't do
                 found = _not_made(tried, error)
@@ -197,6 +199,17 @@ def optimise(
     }
     new = manifest.model_copy(update={"variants": variants, "lineage": lineage})
     return Optimised(pack(new, files), tuple(measured))
+
+
+def _sources(original: Source, input_sizes: Sequence[int]) -> dict[int | None, Source | Exception]:
+    """What variants of each size are made of, or why there are none."""
+    sources: dict[int | None, Source | Exception] = {None: original}
+    for size in input_sizes:
+        try:
+            sources[size] = original.of_size(size)
+        except Exception as error:  # noqa: BLE001 - the tools raise anything for a graph that they can't do
+            sources[size] = error
+    return sources
 
 
 def _not_made(tried: _Tried, error: Exception) -> Measured:
