@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil_client import Frame, VigilClient
 from vigil_common.access import Role, Tokens
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
@@ -244,6 +245,23 @@ class Pki:
         issued.cert_chain_pems[0].write_to_path(self.cert)
 
 
+class Rotated:
+    """The files of a client, which hold first one authority's and later another's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.first, self.second = Pki(folder, "first"), Pki(folder, "second")
+        self.ca, self.cert, self.key = folder / "own-ca", folder / "own", folder / "own-key"
+        self.settings = SecuritySettings(tls_ca_file=self.ca, tls_cert_file=self.cert, tls_key_file=self.key)
+        self.rotate(self.first)
+
+    def rotate(self, pki: Pki) -> None:
+        for path, source in ((self.ca, pki.ca), (self.cert, pki.cert), (self.key, pki.key)):
+            path.write_bytes(source.read_bytes())
+
+    def server(self, pki: Pki) -> SecuritySettings:
+        return SecuritySettings(tls_cert_file=pki.cert, tls_key_file=pki.key, tls_client_ca_file=pki.ca)
+
+
 async def test_only_a_client_that_knows_the_authority_can_connect(tmp_path: Path) -> None:
     ours, theirs = Pki(tmp_path, "ours"), Pki(tmp_path, "theirs")
     async with serving(SecuritySettings(tls_cert_file=ours.cert, tls_key_file=ours.key)) as port:
@@ -282,29 +300,44 @@ async def test_a_rotated_certificate_is_served_without_a_restart(tmp_path: Path)
 async def test_a_channel_shows_and_trusts_the_certificates_that_are_in_its_files_now(
     tmp_path: Path, unused_port: int
 ) -> None:
-    first, second = Pki(tmp_path, "first"), Pki(tmp_path, "second")
-
-    def server(pki: Pki) -> SecuritySettings:
-        return SecuritySettings(tls_cert_file=pki.cert, tls_key_file=pki.key, tls_client_ca_file=pki.ca)
-
-    own = SecuritySettings(
-        tls_ca_file=tmp_path / "own-ca", tls_cert_file=tmp_path / "own", tls_key_file=tmp_path / "own-key"
-    )
-
-    def rotate(pki: Pki) -> None:
-        for path, source in ((own.tls_ca_file, pki.ca), (own.tls_cert_file, pki.cert), (own.tls_key_file, pki.key)):
-            assert path is not None
-            path.write_bytes(source.read_bytes())
-
-    rotate(first)
-    async with connect(f"localhost:{unused_port}", own) as channel:
-        async with serving(server(first), unused_port):
+    own = Rotated(tmp_path)
+    async with connect(f"localhost:{unused_port}", own.settings) as channel:
+        async with serving(own.server(own.first), unused_port):
             assert await reason(channel) == "IMAGE_UNREADABLE"
-            (tmp_path / "own-key").unlink()
+            own.key.unlink()
             assert await reason(channel) == "IMAGE_UNREADABLE"
-        rotate(second)
-        async with serving(server(second), unused_port):
+        own.rotate(own.second)
+        async with serving(own.server(own.second), unused_port):
             assert await reason(channel) == "IMAGE_UNREADABLE"
+
+
+async def test_a_client_that_streams_goes_on_with_the_certificates_that_are_in_its_files_now(
+    tmp_path: Path, unused_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Rotated(tmp_path)
+    for name, path in (("CA", own.ca), ("CERT", own.cert), ("KEY", own.key)):
+        monkeypatch.setenv(f"VIGIL_TLS_{name}_FILE", str(path))
+    source: asyncio.Queue[Frame] = asyncio.Queue()
+
+    async def frames() -> AsyncIterator[Frame]:
+        while True:
+            yield await source.get()
+
+    async def refused() -> str:
+        source.put_nowait(Frame(b"x" * 10, "cells"))
+        error = (await anext(results)).error
+        assert error is not None
+        return error.reason
+
+    async with asyncio.timeout(20), VigilClient(f"localhost:{unused_port}", max_retry_s=10) as client:
+        results = client.stream(frames())
+        async with serving(own.server(own.first), unused_port):
+            assert await refused() == "IMAGE_UNREADABLE"
+            own.key.unlink()
+            assert await refused() == "IMAGE_UNREADABLE"
+        own.rotate(own.second)
+        async with serving(own.server(own.second), unused_port):
+            assert await refused() == "IMAGE_UNREADABLE"
 
 
 async def test_a_call_under_way_ends_well_after_a_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 # Visualisations and bundles' chunks are larger than gRPC's 4 MiB.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_TLS_FILES = ("VIGIL_TLS_CA_FILE", "VIGIL_TLS_KEY_FILE", "VIGIL_TLS_CERT_FILE")
 # Calls that may be repeated: storage's are idempotent, ingest's client retries by itself.
 _RETRY_UNAVAILABLE = {
     "methodConfig": [
@@ -58,36 +61,51 @@ def connect(address: str, credentials: grpc.ChannelCredentials | None = None) ->
 
 
 class Connected:
-    """One channel, from `async with` to its end; what every client begins with.
+    """A channel, from `async with` to its end; what every client begins with.
+
+    Where the certificates that the environment names have changed, the next call goes over a channel made of the new
+    ones, so that a process may live longer than its certificate.
 
     Args:
         address: "HOST:PORT".
-        credentials: As for `connect`.
+        credentials: As for `connect`; given here they stay what they are.
         token: Sent as a bearer token.
     """
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None, token: str | None) -> None:
         self._address = address
         self._credentials = credentials
-        self._channel: grpc.aio.Channel | None = None
+        # The last one takes the calls; streams under way end on theirs.
+        self._channels: list[grpc.aio.Channel] = []
+        self._made_of: tuple[int, ...] = ()
         self.metadata = metadata(token)
 
     async def __aenter__(self) -> Self:
-        self._channel = connect(self._address, self._credentials)
+        self._made_of = self._certificates()
+        self._channels = [connect(self._address, self._credentials)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._channel is not None:
-            await self._channel.close()
+        await asyncio.gather(*(channel.close() for channel in self._channels))
 
     @property
     def channel(self) -> grpc.aio.Channel:
         """The open channel."""
-        if self._channel is None:
+        if not self._channels:
             raise RuntimeError(f"use `async with {type(self).__name__}(...)`")
-        return self._channel
+        # What can't be read is in the middle of a rotation: what is loaded stays.
+        with contextlib.suppress(OSError):
+            if (found := self._certificates()) != self._made_of:
+                self._channels.append(connect(self._address))
+                self._made_of = found
+        return self._channels[-1]
+
+    def _certificates(self) -> tuple[int, ...]:
+        """When each file was written."""
+        names = () if self._credentials is not None else _TLS_FILES
+        return tuple(Path(os.environ[name]).stat().st_mtime_ns for name in names if os.environ.get(name))
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -96,6 +114,7 @@ def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def _from_environment() -> grpc.ChannelCredentials | None:
-    names = ("VIGIL_TLS_CA_FILE", "VIGIL_TLS_KEY_FILE", "VIGIL_TLS_CERT_FILE")
-    ca, key, certificate = (Path(os.environ[name]).read_bytes() if os.environ.get(name) else None for name in names)
+    ca, key, certificate = (
+        Path(os.environ[name]).read_bytes() if os.environ.get(name) else None for name in _TLS_FILES
+    )
     return grpc.ssl_channel_credentials(ca, key, certificate) if ca else None
