@@ -73,7 +73,8 @@ class LeastStack(LocalStack):
 
 def by_user(url: str, users: Path, name: str) -> aredis.Redis:
     host = url.rpartition("@")[2].removeprefix("redis://")
-    return aredis.Redis.from_url(f"redis://{host}", username=name, password=(users / name).read_text())
+    password = (users / name).read_text()
+    return aredis.Redis.from_url(f"redis://{host}", username=name, password=password, driver_info=None)
 
 
 async def denied(url: str, users: Path) -> list[str]:
@@ -118,6 +119,12 @@ async def test_every_service_does_its_work_as_its_own_user_and_nothing_is_refuse
         # A worker that dies with frames in hand; the next one claims them.
         stack.kill(f"worker-{MODEL}-{live.version}")
         await stack.start(f"worker-{MODEL}-{live.version}")
+
+        # What KEDA asks to tell live's lag.
+        scaler = by_user(stack.redis_url, stack.users, "keda")
+        await scaler.info()
+        await scaler.xinfo_groups(f"{KEY}frames")
+        await scaler.aclose()
 
         settings = SecuritySettings(redis_password_file=stack.users / "operator")
         operator = await RedisStreams.connect(stack.url("operator"), security=settings)

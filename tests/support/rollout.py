@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from vigil_common.errors import Conflict, Unavailable
+from vigil_common.errors import Conflict, InvalidInput, Unavailable
 from vigil_common.evidence import ReportNumbers
 from vigil_common.streams.memory import MemoryStreams
 from vigil_operator.observed import Description, Problem, Published, Report, Request, Resource, Workload
@@ -65,6 +65,9 @@ class World:
         cut_after: The operator is killed after so many actions.
         report: The comparison under way, or the last one, as it was last asked for.
         name_taken: Somebody else has made what the model's objects are named.
+        refused: Why Kubernetes will not have a version's workers, by version.
+        namespaces: Whose resources the operator looks after; empty for all.
+        writes: How often the status was written.
     """
 
     published: list[int] = field(default_factory=lambda: [1])
@@ -87,6 +90,9 @@ class World:
     routes_seen: list[str] = field(default_factory=list)
     report: Report | None = None
     name_taken: bool = False
+    refused: dict[int, str] = field(default_factory=dict)
+    namespaces: tuple[str, ...] = ()
+    writes: int = 0
 
     def __post_init__(self) -> None:
         self.streams = MemoryStreams()
@@ -101,6 +107,7 @@ class World:
             registry=_Registry(self),
             routing=_Routing(self),  # type: ignore[arg-type]  # the rest of the port is not the operator's
             reports=_Reports(self),
+            namespaces=self.namespaces,
             clock=lambda: self.now,
         )
 
@@ -186,6 +193,8 @@ class _Workers:
             self.world.live_service = live
 
     async def ensure(self, _: Resource, version: int, digest: str, numerics: Numerics) -> None:
+        if why := self.world.refused.get(version):
+            raise InvalidInput("CLUSTER_REFUSED", why)
         if digest not in self.world.workers or self.world.numerics[digest] != numerics:
             self.world.check("cluster")
             self.world.act()
@@ -195,7 +204,7 @@ class _Workers:
     async def remove(self, _: Resource, digest: str) -> None:
         self.world.check("cluster")
         self.world.act()
-        del self.world.workers[digest]
+        self.world.workers.pop(digest, None)
 
 
 class _Notes:
@@ -205,6 +214,7 @@ class _Notes:
     async def write_status(self, _: Resource, status: Status) -> None:
         self.world.check("cluster")
         self.world.act()
+        self.world.writes += 1
         # Through JSON, as Kubernetes keeps it.
         self.world.status = Status.model_validate(json.loads(json.dumps(status.to_json())))
 

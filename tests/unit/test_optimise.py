@@ -35,7 +35,9 @@ def picture(seed: int, *, scratch: bool = False) -> bytes:
 
 def of_graph(folder: Path, graph: onnx.ModelProto) -> Bundle:
     onnx.save(graph, folder / "model.onnx")
-    return open_bundle(import_export(folder, name="cells"))
+    image = folder / "parity.png"
+    image.write_bytes(picture(0))
+    return open_bundle(import_export(folder, name="cells", parity_images=[image]))
 
 
 NORMAL = [picture(seed) for seed in range(16)]

@@ -327,3 +327,157 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "model.onnx"
     broken.write_bytes(b"no model")
     assert refusal(broken) == "EXPORT_UNREADABLE"
+
+
+Shape = list[int | str | None]
+
+
+def graph_export(
+    folder: Path,
+    *nodes: onnx.NodeProto,
+    kind: int = TensorProto.FLOAT,
+    shape: Shape | None = None,
+    listed: bool = False,
+    **constants: object,
+) -> onnx.ModelProto:
+    """A graph that takes an image of this type and shape; its weights stand among its inputs where they are listed."""
+    weights = [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()]
+    image = helper.make_tensor_value_info("input", kind, shape or ["batch", 3, "height", "width"])
+    inputs = [image, *(helper.make_tensor_value_info(one.name, one.data_type, one.dims) for one in weights if listed)]
+    output = helper.make_tensor_value_info("pred_score", TensorProto.FLOAT, ["batch"])
+    graph = helper.make_graph(nodes, "export", inputs, [output], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, str(folder / "model.onnx"))
+    return model
+
+
+def mean_of(name: str) -> onnx.NodeProto:
+    return helper.make_node("ReduceMean", [name], ["pred_score"], axes=[1, 2, 3], keepdims=0)
+
+
+def node(kind: str, inputs: list[str], output: str, **said: Any) -> onnx.NodeProto:
+    return helper.make_node(kind, inputs, [output], **said)
+
+
+def serves(bundle: bytes, folder: Path) -> bool:
+    """Whether a worker loads it and finds its parity."""
+    parity = LoadedModel(bundle, folder, engine="onnxruntime").parity
+    return bool(parity) and all(sample.passed for sample in parity)
+
+
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    graph_export(
+        tmp_path, node("Sub", ["input", "input"], "zero"), node("Div", ["zero", "zero"], "nan"), mean_of("nan")
+    )
+    with pytest.raises(InvalidBundle, match="gives nan as the score of image 0 on onnxruntime") as caught:
+        import_export(tmp_path, name="cells")
+    assert caught.value.reason == "SCORE_NOT_FINITE"
+
+
+@pytest.mark.parametrize(("factor", "said"), [(255.0, "gives 51 as"), (-1.0, "gives -0.2 as")])
+def test_a_score_outside_of_0_to_1_is_refused_and_told(tmp_path: Path, factor: float, said: str) -> None:
+    graph_export(tmp_path / "export", node("Mul", ["input", "factor"], "more"), mean_of("more"), factor=factor)
+    with pytest.raises(InvalidBundle, match=f"{said} the score of image 0") as caught:
+        import_export(tmp_path / "export", name="cells", parity_images=[picture(tmp_path, 51)])
+    assert caught.value.reason == "SCORE_OUT_OF_RANGE"
+
+
+def test_a_score_of_one_that_a_sum_rounded_up_is_taken(tmp_path: Path) -> None:
+    above = np.nextafter(np.float32(1), np.float32(2))
+    nodes = (
+        node("Mul", ["input", "none"], "zero"),
+        node("Add", ["zero", "above"], "all"),
+        node("ReduceMax", ["all"], "m"),
+    )
+    graph_export(tmp_path, *nodes, mean_of("m"), none=0, above=above)
+    assert open_bundle(import_export(tmp_path, name="cells")).manifest.parity[0].score == above
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        (TensorProto.FLOAT, ["batch", 224, 224, 3], r"input: float \[\?, 224, 224, 3\]"),
+        (TensorProto.FLOAT, ["batch", 1, 64, 64], r"input: float \[\?, 1, 64, 64\]"),
+        (TensorProto.UINT8, ["batch", 3, 64, 64], r"input: uint8 \[\?, 3, 64, 64\]"),
+        (TensorProto.FLOAT16, [1, 3, 64, 64], r"input: float16 \[1, 3, 64, 64\]"),
+        (TensorProto.FLOAT, ["batch", 3], r"input: float \[\?, 3\]"),
+    ],
+)
+def test_an_input_that_is_no_such_image_is_refused_and_told_what_it_must_be(
+    tmp_path: Path, kind: int, shape: Shape, said: str
+) -> None:
+    cast = node("Cast", ["input"], "floats", to=TensorProto.FLOAT)
+    graph_export(tmp_path, cast, node("ReduceMean", ["floats"], "pred_score", keepdims=0), kind=kind, shape=shape)
+    with pytest.raises(
+        InvalidBundle, match=rf"{said}; it must take an image tensor \[N, 3, height, width\] of 32-bit"
+    ) as caught:
+        import_export(tmp_path, name="cells")
+    assert caught.value.reason == "EXPORT_UNREADABLE"
+
+
+def test_an_input_that_only_a_run_shows_to_be_no_such_image_is_refused(tmp_path: Path) -> None:
+    grey = node("Conv", ["input", "kernel"], "grey")
+    graph_export(tmp_path, grey, mean_of("grey"), shape=["b", "c", "h", "w"], kernel=np.ones((1, 1, 1, 1)))
+    with pytest.raises(
+        InvalidBundle, match=r"can't run model.onnx on an image tensor \[N, 3, height, width\]"
+    ) as caught:
+        import_export(tmp_path, name="cells")
+    assert caught.value.reason == "MODEL_UNLOADABLE"
+
+
+@pytest.mark.parametrize("kind", [TensorProto.UINT8, TensorProto.FLOAT16])
+def test_openvino_turns_floats_to_16_bits_but_not_to_bytes(tmp_path: Path, kind: int) -> None:
+    openvino = pytest.importorskip("openvino")
+    cast = node("Cast", ["input"], "floats", to=TensorProto.FLOAT)
+    graph_export(tmp_path / "graph", cast, mean_of("floats"), kind=kind, shape=[1, 3, 64, 64])
+    path = tmp_path / "export" / "model.xml"
+    path.parent.mkdir()
+    openvino.save_model(openvino.convert_model(str(tmp_path / "graph" / "model.onnx")), str(path))
+    if kind == TensorProto.UINT8:  # it would cut each to 0
+        assert refusal(path) == "EXPORT_UNREADABLE"
+        return
+    model = LoadedModel(import_export(path, name="cells"), tmp_path / "loaded")
+    assert [sample.passed for sample in model.parity] == [True, True]
+
+
+def test_weights_that_are_listed_among_the_inputs_are_none(tmp_path: Path) -> None:
+    kernel, grey = np.full((1, 3, 1, 1), 1 / 3), node("Conv", ["input", "kernel"], "grey")
+    graph_export(tmp_path / "export", grey, mean_of("grey"), listed=True, kernel=kernel)
+    bundle = import_export(tmp_path / "export", name="cells")
+    assert open_bundle(bundle).manifest.input.name == "input"
+    assert serves(bundle, tmp_path / "loaded")
+
+
+def test_what_has_to_be_given_besides_the_image_is_refused(tmp_path: Path) -> None:
+    model = graph_export(tmp_path, node("Mul", ["input", "factor"], "more"), mean_of("more"))
+    model.graph.input.append(helper.make_tensor_value_info("factor", TensorProto.FLOAT, [1]))
+    onnx.save_model(model, str(tmp_path / "model.onnx"))
+    assert refusal(tmp_path) == "EXPORT_UNREADABLE"
+
+
+@pytest.mark.parametrize("location", ["model.onnx.data", "weights/all.bin"])
+def test_constants_whose_data_lies_beside_the_graph_are_taken_with_it(tmp_path: Path, location: str) -> None:
+    kernel = numpy_helper.from_array(np.full((1, 3, 1, 1), 1 / 3, np.float32), "kernel")
+    nodes = node("Constant", [], "kernel", value=kernel), node("Conv", ["input", "kernel"], "grey"), mean_of("grey")
+    model = graph_export(tmp_path / "export", *nodes)
+    (tmp_path / "export" / location).parent.mkdir(exist_ok=True)
+    onnx.save_model(
+        model, str(tmp_path / "export" / "model.onnx"), save_as_external_data=True, convert_attribute=True,
+        location=location, size_threshold=0,
+    )  # fmt: skip
+    bundle = import_export(tmp_path / "export", name="cells")
+    files = open_bundle(bundle).manifest.artefacts["onnxruntime"].files
+    assert files == ("onnx/model.onnx", f"onnx/{location}")
+    assert serves(bundle, tmp_path / "loaded")
+
+
+@pytest.mark.parametrize("place", ["../weights.bin", "/etc/hostname"])
+def test_weights_outside_of_the_exports_folder_are_refused(tmp_path: Path, place: str) -> None:
+    path = export(tmp_path / "export" / "model.onnx", external=True)
+    (tmp_path / "weights.bin").write_bytes(path.with_name("model.onnx.data").read_bytes())
+    model = onnx.load(str(path), load_external_data=False)
+    for one in model.graph.initializer:
+        next(entry for entry in one.external_data if entry.key == "location").value = place
+    path.write_bytes(model.SerializeToString())
+    assert refusal(path) == "BUNDLE_PATH_OUTSIDE"

@@ -122,7 +122,9 @@ async def _lead(
     spaces = names(settings.watch_namespaces)
     workers = KubernetesWorkers(api, settings.workers(), settings)
     notes = KubernetesNotes(api)
-    reconciler = Reconciler(workers=workers, notes=notes, registry=registry, routing=routing, reports=reports)
+    reconciler = Reconciler(
+        workers=workers, notes=notes, registry=registry, routing=routing, reports=reports, namespaces=spaces
+    )
     loops = Loops(reconciler, workers, notes, routing, lambda: datetime.now(UTC))
     # The registry wakes the loops, whose work asks it.
     registry.changed = loops.wake_models

@@ -34,6 +34,7 @@ TOKEN_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 TOKEN_AGE_S = 60.0
 MESSAGE_AT_MOST = 1000
 _PLURALS = {"NetworkPolicy": "networkpolicies", KIND: PLURAL}
+_REFUSALS = ("typed patch", "failed to convert")
 _MERGED = (200, 201, 202)
 
 
@@ -111,8 +112,8 @@ class Api:
         message = _message(text) or f"HTTP {answer.status}"
         if answer.status == 404:  # noqa: PLR2004
             raise NotFound("NOT_IN_CLUSTER", message)
-        # A field that the schema does not know comes back as 500 from server-side apply.
-        broken = answer.status >= 500 and "typed patch" not in message  # noqa: PLR2004
+        # What the schema does not know, or can't read, comes back as 500 from server-side apply.
+        broken = answer.status >= 500 and not any(text in message for text in _REFUSALS)  # noqa: PLR2004
         if broken or answer.status in (401, 409, 429):
             raise Unavailable("CLUSTER_UNAVAILABLE", f"the API server could not do it now: {message}")
         raise InvalidInput("CLUSTER_REFUSED", f"Kubernetes refuses {method} {path}: {message}")

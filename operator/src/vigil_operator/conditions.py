@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vigil_operator.observed import NAME_TAKEN, why_unknown
+from vigil_operator.observed import NAME_TAKEN, REFUSED, why_unknown
 from vigil_operator.phases import Phase
 from vigil_operator.refusals import TRY_AGAIN, refused_by_a_person, turned_down
 from vigil_operator.status import Condition
@@ -33,12 +33,15 @@ def conditions(
         target: The version asked for; None where it is unknown.
         now: The time.
     """
-    said = {
+    said: dict[str, Said] = {
         "Ready": _ready(status, seen),
         "Progressing": _progressing(status),
         "Promoted": _promoted(resource, status, seen, target),
         "Synced": _synced(resource, seen, target),
     }
+    if seen.taken_by:
+        taken = (False, "ModelTaken", f"{seen.taken_by} has model {resource.spec.source.model} already")
+        said |= dict.fromkeys(("Ready", "Promoted", "Synced"), taken)
     before = {condition.type: condition for condition in status.conditions}
     made = []
     for kind, (truth, reason, message) in said.items():
@@ -100,13 +103,11 @@ def _promoted(resource: Resource, status: Status, seen: Observed, target: Publis
 
 
 def _synced(resource: Resource, seen: Observed, target: Published | None) -> Said:
-    source = resource.spec.source
-    if seen.taken_by:
-        return False, "ModelTaken", f"{seen.taken_by} has model {source.model} already"
-    if NAME_TAKEN in seen.away:
-        return False, "NameTaken", seen.away[NAME_TAKEN]
+    for part, reason in ((NAME_TAKEN, "NameTaken"), (REFUSED, "Refused")):
+        if part in seen.away:
+            return False, reason, seen.away[part]
     if seen.away:
         return False, f"{next(iter(seen.away))}Unavailable", "; ".join(seen.away.values())
     if seen.versions is not None and target is None:
-        return False, "UnknownVersion", why_unknown(source, seen.versions)
+        return False, "UnknownVersion", why_unknown(resource.spec.source, seen.versions)
     return True, "Synced", ""

@@ -206,6 +206,9 @@ class Loops:
                 return
             for attempt in range(DELETE_TRIES):
                 try:
+                    route = await self._routing.get(model)
+                    if route is not None and route.managed_by not in ("", f"{key[0]}/{key[1]}"):
+                        return  # another operator's resource has it
                     await self._routing.remove(model)
                 except Unavailable as error:
                     away = error.message

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Why nothing can be made for a resource.
 NAME_TAKEN = "NAME_TAKEN"
+# What Kubernetes refuses for the model as a whole; of one version's workers it is that version's problem.
+REFUSED = "REFUSED"
 # "VERB DIGEST ID", set by `kubectl vigil`; each is dealt with once.
 REQUEST_ANNOTATION = "vigil.dev/request"
 _REQUEST = re.compile(r"^(promote|force-promote|abort|rollback|retry) (sha256:[0-9a-f]{64}|-) (\S{1,64})$")
@@ -179,7 +181,7 @@ class Observed:
         route: The routing table's record.
         workloads: Workers by digest; None where they could not be listed.
         report: The comparison under way, or the last one, where there is one and it could be asked.
-        taken_by: An older resource for the same model, which has it.
+        taken_by: An older resource for the same model, or one of another operator, which has it.
         away: Which part could not be reached, and why.
     """
 

@@ -557,6 +557,7 @@ class _Draft:
             message = f"version {previous.version} could not be put back: {why}"
             failure = self.failure(previous, "RollbackFailed", message, "")
             self.go(Event.ROLLBACK_IMPOSSIBLE, "RollbackFailed", message, warning=True, last_failure=failure)
+            self.remember(previous, "RollbackFailed", message)
 
     def _finish(self, event: Event, reason: str) -> None:
         """Once the route says what the status says."""

@@ -5,11 +5,12 @@ The same loop runs in Kubernetes and on one machine; only the ports' adapters di
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
 from vigil_common.audit import audit
-from vigil_common.errors import Unavailable, VigilError
+from vigil_common.errors import InvalidInput, Unavailable, VigilError
 from vigil_common.logging import get_logger
 
 from vigil_operator import metrics
@@ -23,16 +24,16 @@ from vigil_operator.actions import (
     WriteRoute,
     WriteStatus,
 )
-from vigil_operator.observed import NAME_TAKEN, Observed, RouteSeen
+from vigil_operator.observed import NAME_TAKEN, REFUSED, Observed, Problem, RouteSeen, Workload
 from vigil_operator.phases import Phase
-from vigil_operator.plan import POLL_S, plan
+from vigil_operator.plan import POLL_S, RESYNC_S, plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
-    from vigil_common.streams.ports import RoutingTable
+    from vigil_common.streams.ports import Route, RoutingTable
 
-    from vigil_operator.observed import Published, Report, Resource, Workload
+    from vigil_operator.observed import Published, Report, Resource
     from vigil_operator.spec import Numerics, Source
     from vigil_operator.status import Status
 
@@ -90,6 +91,26 @@ class Reports(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Trouble:
+    """What actions failed by.
+
+    Attributes:
+        away: Parts that could not do it, and why.
+        refused: Versions, by digest, whose workers Kubernetes will not have, and why.
+    """
+
+    away: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.away or self.refused)
+
+    def same(self, other: _Trouble) -> bool:
+        """Whether it is the same, whatever the sentences."""
+        return (self.away.keys(), self.refused.keys()) == (other.away.keys(), other.refused.keys())
+
+
 class Reconciler:
     """Brings resources to what is asked for, one at a time each.
 
@@ -99,6 +120,7 @@ class Reconciler:
         registry: What is published.
         routing: The routing table.
         reports: Comparisons.
+        namespaces: Whose resources are looked after here; empty for all. What is in others, another operator decides.
         clock: The time.
     """
 
@@ -110,6 +132,7 @@ class Reconciler:
         registry: Registry,
         routing: RoutingTable,
         reports: Reports,
+        namespaces: Collection[str] = (),
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._workers = workers
@@ -117,7 +140,10 @@ class Reconciler:
         self._registry = registry
         self._routing = routing
         self._reports = reports
+        self._namespaces = frozenset(namespaces)
         self._clock = clock
+        # By resource, from one call to the next: it is over once the same has been done.
+        self._trouble: dict[str, _Trouble] = {}
 
     async def reconcile(self, resource: Resource, status: Status, taken_by: str = "") -> tuple[Status, float]:
         """Take all steps that can be taken now.
@@ -130,14 +156,14 @@ class Reconciler:
         Returns:
             The status as written now, and when to look again at the latest, in seconds.
         """
-        trouble: dict[str, str] = {}
+        before = self._trouble.get(resource.full_name, _Trouble())
         for _ in range(STEPS_AT_MOST):
             with metrics.RECONCILE_SECONDS.time():
-                seen = await self._observe(resource, status, taken_by, trouble)
+                seen = await self._observe(resource, status, taken_by, before)
                 made = plan(resource, status, seen, self._clock())
-                trouble = {}
+                trouble = _Trouble()
                 for action in made.actions:
-                    trouble |= await self._carry_out(resource, action, trouble)
+                    await self._carry_out(resource, action, trouble)
                     if trouble and isinstance(action, WriteStatus):
                         # What is not remembered must not be done.
                         return status, POLL_S
@@ -153,37 +179,42 @@ class Reconciler:
                         before=status.phase.value,
                         live=live.version if live else None,
                     )
-                before = status.live
-                if (live := made.status.live) and (before is None or live.digest != before.digest):
+                old = status.live
+                if (live := made.status.live) and (old is None or live.digest != old.digest):
                     audit(
                         "promoted",
                         by=f"operator, for {resource.full_name}",
                         model=resource.spec.source.model,
                         version=live.version,
                         digest=live.digest,
-                        before_version=before.version if before else None,
-                        before_digest=before.digest if before else None,
+                        before_version=old.version if old else None,
+                        before_digest=old.digest if old else None,
                     )
                 status = made.status
-            moved = any(isinstance(action, WriteStatus | WriteRoute | KeepFraction) for action in made.actions)
+            told = trouble.same(before)
+            before = self._keep(resource, trouble)
+            if not told:
+                continue  # so that the status tells of it
             if trouble:
-                # Once more, so that the status tells of it; then wait.
-                seen = await self._observe(resource, status, taken_by, trouble)
-                told = plan(resource, status, seen, self._clock())
-                if told.status is not None and not await self._carry_out(resource, WriteStatus(told.status)):
-                    status = told.status
-                return status, POLL_S
-            if not moved:
+                # What is refused once is refused again, until something else changes.
+                return status, POLL_S if trouble.away.keys() - {REFUSED} else RESYNC_S
+            if not any(isinstance(action, WriteStatus | WriteRoute | KeepFraction) for action in made.actions):
                 return status, made.wake_after_s
         log.error("unsettled", resource=resource.name, namespace=resource.namespace, phase=status.phase.value)
         return status, POLL_S
 
-    async def _carry_out(self, resource: Resource, action: Action, before: Collection[str] = ()) -> dict[str, str]:
-        """Do it after what failed before; where it fails, the part that it failed by."""
-        if NAME_TAKEN in before and isinstance(action, EnsureWorkers):
+    def _keep(self, resource: Resource, trouble: _Trouble) -> _Trouble:
+        if trouble:
+            self._trouble[resource.full_name] = trouble
+        else:
+            self._trouble.pop(resource.full_name, None)
+        return trouble
+
+    async def _carry_out(self, resource: Resource, action: Action, trouble: _Trouble) -> None:
+        """Do it after what failed before; what it fails by is added to that."""
+        if NAME_TAKEN in trouble.away and isinstance(action, EnsureWorkers):
             # They would start with somebody else's settings and account.
-            return {}
-        part = "Routing" if isinstance(action, WriteRoute | KeepFraction) else "Cluster"
+            return
         try:
             await self._do(resource, action)
         except VigilError as error:
@@ -195,9 +226,17 @@ class Reconciler:
                 reason=error.reason,
                 detail=error.message,
             )
-            part = NAME_TAKEN if error.reason == NAME_TAKEN else part
-            return {} if isinstance(action, Emit) else {part: error.message}
-        return {}
+            refused = isinstance(error, InvalidInput)
+            if isinstance(action, Emit):
+                return
+            if refused and isinstance(action, EnsureWorkers):
+                trouble.refused[action.digest] = error.message
+            elif isinstance(action, WriteRoute | KeepFraction):
+                trouble.away["Routing"] = error.message
+            elif error.reason == NAME_TAKEN or refused:
+                trouble.away[NAME_TAKEN if error.reason == NAME_TAKEN else REFUSED] = error.message
+            else:
+                trouble.away["Cluster"] = error.message
 
     async def _do(self, resource: Resource, action: Action) -> None:
         match action:
@@ -217,29 +256,27 @@ class Reconciler:
             case Emit():
                 await self._notes.emit(resource, action)
 
-    async def _observe(self, resource: Resource, status: Status, taken_by: str, trouble: Mapping[str, str]) -> Observed:
+    async def _observe(self, resource: Resource, status: Status, taken_by: str, trouble: _Trouble) -> Observed:
         """The world now; what can't be reached is named."""
-        source, away = resource.spec.source, dict(trouble)
+        source, away = resource.spec.source, dict(trouble.away)
+        versions = route = workloads = report = None
+        try:
+            if not taken_by:
+                record = await self._routing.get(source.model)
+                kept = await self._routing.kept_fraction(source.model)
+                taken_by, route = self._route(resource, record, kept)
+        except Unavailable as error:
+            away["Routing"] = error.message
         if taken_by:
             return Observed(None, None, None, taken_by=taken_by, away=away)
-        versions = route = workloads = report = None
         try:
             versions = await self._registry.versions(source)
         except Unavailable as error:
             away["Registry"] = error.message
-        try:
-            record = await self._routing.get(source.model)
-            kept = await self._routing.kept_fraction(source.model)
-            route = RouteSeen(None, None, kept)
-            if record is not None:
-                ours = record.managed_by == resource.full_name
-                route = RouteSeen(record.live, record.candidate, kept, ours, record.comparison)
-        except Unavailable as error:
-            away["Routing"] = error.message
         candidate = status.candidate
         verifying = candidate.digest if candidate is not None and status.phase is Phase.VERIFYING else None
         try:
-            workloads = await self._workers.observe(resource, describe=verifying)
+            workloads = _with_refusals(await self._workers.observe(resource, describe=verifying), trouble.refused)
         except Unavailable as error:
             away["Cluster"] = error.message
         if candidate is not None and candidate.shadowing_since is not None:
@@ -248,3 +285,21 @@ class Reconciler:
             except Unavailable as error:
                 away["Shadow"] = error.message
         return Observed(versions, route, workloads, report, away=away)
+
+    def _route(self, resource: Resource, record: Route | None, kept: float | None) -> tuple[str, RouteSeen]:
+        """Who has the model instead, where another operator's resource does, and the route."""
+        if record is None:
+            return "", RouteSeen(None, None, kept)
+        decides = record.managed_by
+        elsewhere = self._namespaces and decides and decides.partition("/")[0] not in self._namespaces
+        ours = decides == resource.full_name
+        return decides if elsewhere else "", RouteSeen(record.live, record.candidate, kept, ours, record.comparison)
+
+
+def _with_refusals(found: Mapping[str, Workload], refused: Mapping[str, str]) -> Mapping[str, Workload]:
+    """What Kubernetes will not have is wrong with those workers, whether there are some from before or none."""
+    workloads = dict(found)
+    for digest, why in refused.items():
+        known = workloads.get(digest, Workload(digest, 1, 0))
+        workloads[digest] = replace(known, problems=(Problem("Refused", why, final=True), *known.problems))
+    return workloads

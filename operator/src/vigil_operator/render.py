@@ -368,7 +368,12 @@ def _secret(volume: str, secret: str, settings: WorkerSettings) -> Manifest:
 def build_disruption_budget(resource: Resource, digest: str) -> Manifest:
     """One worker at a time may be moved; with a single one, draining a node must still be possible."""
     selector = {MODEL_LABEL: resource.name, DIGEST_LABEL: short(digest)}
-    spec = {"maxUnavailable": 1, "selector": {"matchLabels": selector}}
+    # One that is not ready serves nobody: it must not keep a node from being drained.
+    spec = {
+        "maxUnavailable": 1,
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        "selector": {"matchLabels": selector},
+    }
     name = workers_name(resource, digest)
     return _object(resource, "policy/v1", "PodDisruptionBudget", name, digest=digest, spec=spec)
 
@@ -420,21 +425,23 @@ def build_scaled_object(resource: Resource, settings: WorkerSettings, scaling: A
 
 
 def build_trigger_authentication(resource: Resource, settings: WorkerSettings) -> Manifest:
-    """How KEDA gets Redis' password."""
+    """How KEDA gets Redis' password, and the authority of its certificate."""
     key = "keda" if settings.redis_users else "password"
     targets = [{"parameter": "password", "name": settings.redis_secret, "key": key}]
+    if urlsplit(settings.redis_url).scheme.startswith("rediss"):
+        targets.append({"parameter": "ca", "name": settings.redis_secret, "key": "ca.crt"})
     spec = {"secretTargetRef": targets}
     return _object(resource, "keda.sh/v1alpha1", "TriggerAuthentication", service_name(resource), spec=spec)
 
 
 def build_network_policy(resource: Resource, settings: WorkerSettings) -> Manifest:
-    """In: gRPC from namespace and operator, metrics and probes from all. Out: DNS, queue, storage, collector."""
+    """In: gRPC from here, operator and platform, metrics and probes from all. Out: DNS, queue, storage, collector."""
     redis = urlsplit(settings.redis_url).port or 6379
     storage = int(settings.storage_address.rpartition(":")[2])
     collector = urlsplit(settings.otlp_endpoint).port
     callers: list[Manifest] = [{"podSelector": {}}]
-    if settings.operator_namespace:
-        match = {"kubernetes.io/metadata.name": settings.operator_namespace}
+    for namespace in sorted({settings.operator_namespace, _namespace_of(settings.storage_address)} - {""}):
+        match = {"kubernetes.io/metadata.name": namespace}
         callers.append({"namespaceSelector": {"matchLabels": match}})
     open_ports = [_port(METRICS_PORT), _port(HEALTH_PORT)]
     spec = {
@@ -447,6 +454,12 @@ def build_network_policy(resource: Resource, settings: WorkerSettings) -> Manife
         ],
     }
     return _object(resource, "networking.k8s.io/v1", "NetworkPolicy", service_name(resource), spec=spec)
+
+
+def _namespace_of(address: str) -> str:
+    """Where a Service is, by its address; empty where that doesn't say."""
+    labels = address.rpartition(":")[0].split(".")
+    return labels[1] if labels[2:3] == ["svc"] else ""
 
 
 def _port(number: int, protocol: str = "TCP") -> Mapping[str, Any]:

@@ -35,10 +35,19 @@ def resource_of(body: Mapping[str, Any]) -> Resource:
         namespace=metadata["namespace"],
         uid=metadata["uid"],
         generation=metadata.get("generation", 1),
-        spec=Spec.model_validate(spec),
+        spec=Spec.model_validate(_without_nulls(spec)),
         request=Request.parse(metadata.get("annotations", {})),
         attempt=hashlib.sha256(json.dumps(tried, sort_keys=True, default=dict).encode()).hexdigest()[:16],
     )
+
+
+def _without_nulls(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """As Kubernetes keeps it: null is as good as absent, and has the default."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in spec.items()
+        if value is not None
+    }
 
 
 def status_of(body: Mapping[str, Any]) -> Status:

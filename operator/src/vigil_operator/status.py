@@ -89,7 +89,9 @@ class HistoryEntry(Part):
 
     version: Annotated[int, Field(description="Its number.")]
     digest: Annotated[str, Field(description="Its bundle's digest.")]
-    outcome: Annotated[str, Field(description="Promoted, Failed, Aborted, Replaced, Withdrawn or RolledBack.")]
+    outcome: Annotated[
+        str, Field(description="Promoted, Failed, Aborted, Replaced, Withdrawn, RolledBack or RollbackFailed.")
+    ]
     message: Annotated[str, Field(description="Why.")] = ""
     at: Annotated[Moment, Field(description="When.")]
 

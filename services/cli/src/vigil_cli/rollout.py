@@ -217,7 +217,15 @@ def abort(name: Name) -> None:
 
 def rollback(name: Name) -> None:
     """Go back to the version that was live before."""
-    _told(name, run(_request(name, "rollback", "live", ROLLBACK_DEADLINE_S)))
+
+    async def work() -> dict[str, Any]:
+        before = (await asyncio.to_thread(_where.get, name)).get("status", {})
+        said = await _request(name, "rollback", "live", ROLLBACK_DEADLINE_S)
+        if said["live"]["digest"] != before.get("previous", {}).get("digest"):
+            raise Conflict("ROLLBACK_FAILED", said["lastFailure"]["message"])
+        return said
+
+    _told(name, run(work()))
 
 
 def pause(name: Name) -> None:

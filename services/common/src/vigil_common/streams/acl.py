@@ -122,7 +122,7 @@ USERS: dict[str, tuple[Grant, ...]] = {
         Grant("get set del", "keep-fraction"),
     ),
     # Scales workers by what live has yet to judge.
-    "keda": (Grant("xinfo|groups xpending xlen", read="frames"),),
+    "keda": (Grant("xinfo|groups xpending xlen", read="frames"), Grant("info")),
 }
 
 
