@@ -134,6 +134,22 @@ async def lose(store: Any, at: int) -> None:
         await store._db.execute("DELETE FROM frames WHERE timestamp_us = ?", (at,))
 
 
+async def test_a_frame_that_comes_to_matter_late_is_found_once_too(both: Both) -> None:
+    """Its copy is older than what stays already, which some stores keep in another track than the frame."""
+    ids = await write(both.store, frame(1), frame(2), frame(3, "anomalous"), frame(4))
+    # One that came late itself, so that it is the frame that stands elsewhere.
+    ids += await write(both.store, frame(9, at=T0 + 501))
+    for at in (ids[1], ids[4]):
+        stored = [one async for one in both.store.query(ALL, limit=9) if one.timestamp_us == at]
+        assert await both.store.label([Labelling(stored[0].entry, at, {"human": "normal"})]) == [None]
+        assert await both.store.label([Labelling(stored[0].entry, at, {"agree": "false"})]) == [None]
+    assert await found(both.store) == ["f9", "f1", "f2", "f3", "f4"]
+    assert await found(both.store, FrameFilter(["cells/*"], absent=["human"])) == ["f1", "f3", "f4"]
+    assert await found(both.store, FrameFilter(["cells/*"], present=["human"])) == ["f9", "f2"]
+    for frame_id in ("f2", "f9"):
+        assert (await both.store.find("cells", frame_id)).labels["agree"] == "false"
+
+
 async def test_where_the_copy_is_lost_the_frame_shows_without_the_label_so_that_it_is_given_again(both: Both) -> None:
     (at,) = await write(both.store, frame(1))
     change = Labelling("cells/cam1", at, {"human": "normal"})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
 import pytest
 from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
+from vigil_shadow import clients
 from vigil_shadow.clients import StorageReviews
 from vigil_shadow.report import Report
 
@@ -60,3 +62,41 @@ async def test_before_the_first_pair_no_review_counts() -> None:
 
 async def test_a_replay_counts_reviews_whatever_live_was() -> None:
     assert await counted({"candidate_threshold_used": "0.6"}, reviewed(0.4, 0.6), reviewed(0.5, 0.3)) == (0, 1)
+
+
+class Slow(Storage):
+    """Answers when it is let, and remembers what it was asked."""
+
+    def __init__(self, *frames: storage_pb2.StoredFrame) -> None:
+        super().__init__(*frames)
+        self.let, self.asked = asyncio.Event(), list[storage_pb2.QueryRequest]()
+
+    async def Query(self, request: storage_pb2.QueryRequest, timeout: float) -> storage_pb2.QueryResponse:  # noqa: ASYNC109, N802
+        self.asked.append(request)
+        await self.let.wait()
+        return await super().Query(request, timeout)
+
+
+async def test_a_look_goes_on_when_who_asked_has_given_up_and_later_reports_do_not_wait_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clients, "REVIEWS_AGE_S", 0.0)
+    monkeypatch.setattr(clients, "RESTS", 0)
+    monkeypatch.setattr(clients, "QUICK_S", 0.01)
+    fields = {"live_digest": LIVE, "live_threshold_used": "0.5", "candidate_threshold_used": "0.6"}
+    report = Report("cells", "12", {"candidate_digest": CANDIDATE, "started_at_ms": "7200000", **fields})
+    storage = Slow(reviewed(0.5, 0.6))
+    async with grpc.aio.insecure_channel("localhost:1") as channel:
+        reviews = StorageReviews(channel)
+        stub: Any = storage
+        reviews._stub = stub
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(reviews.counts(report), 0.01)
+        storage.let.set()
+        assert await reviews.counts(report) == (0, 1)
+        storage.let.clear()
+        assert await reviews.counts(report) == (0, 1)
+        storage.let.set()
+    assert len(storage.asked) == 2
+    assert storage.asked[0].start.ToMilliseconds() == 3_600_000

@@ -1,5 +1,6 @@
 """`vigil frames replay`: frames that could not be judged, once more."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -23,6 +24,15 @@ from vigil_cli.options import (
 from vigil_cli.stream import progress_bar
 
 _ID_AT_MOST = 64
+
+
+def repeat_id(frame_id: str, attempt: int) -> str:
+    """The id of a frame's repeat: with the attempt; of a long one a digest takes the place of its end."""
+    suffix = f".r{attempt}"
+    if len(frame_id) + len(suffix) <= _ID_AT_MOST:
+        return frame_id + suffix
+    suffix = f".{hashlib.sha256(frame_id.encode()).hexdigest()[:12]}{suffix}"
+    return frame_id[: _ID_AT_MOST - len(suffix)] + suffix
 
 
 def replay(
@@ -54,11 +64,10 @@ def replay(
             if "replay_of" in stored.labels or (reason is not None and stored.failure_reason != reason):
                 continue
             _, image = await storage.frames_get(model, stored.frame_id, camera=stored.camera)
-            suffix = f".r{attempt}"
             yield Frame(
                 image,
                 model,
-                frame_id=stored.frame_id[: _ID_AT_MOST - len(suffix)] + suffix,
+                frame_id=repeat_id(stored.frame_id, attempt),
                 camera=stored.camera,
                 captured_at=stored.captured_at,
                 labels={"replay_of": stored.frame_id},

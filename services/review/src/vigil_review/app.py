@@ -58,6 +58,8 @@ STATUSES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 503,
 }
 
+LOGGED_OUT = "you have been logged out: log in in another tab, then repeat"
+
 log = get_logger()
 
 BACKEND: web.AppKey[Backend] = web.AppKey("backend")
@@ -138,7 +140,10 @@ async def _answered(
     except BackendError as error:
         if error.code is grpc.StatusCode.UNAUTHENTICATED:
             request.app[SESSIONS].end(request.cookies.get(COOKIE, ""))
-            response = _see("/login")
+            if request.method == "POST":  # what was painted stays on the page
+                response = _page(request, "error.html", status=401, message=LOGGED_OUT)
+            else:
+                response = _see("/login")
         else:
             status = STATUSES.get(error.code, 502)
             log.warning("refused", code=error.code.name, message=str(error))
@@ -164,7 +169,7 @@ async def _logged_in(
     session = request.app[SESSIONS].get(request.cookies.get(COOKIE, ""))
     if session is None:
         if request.method == "POST":
-            raise web.HTTPUnauthorized(text="you have been logged out: log in in another tab, then repeat")
+            raise web.HTTPUnauthorized(text=LOGGED_OUT)
         return _see("/login")
     request[SESSION] = session
     if request.method == "POST":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import grpc
@@ -12,6 +14,7 @@ from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, Unavailable
+from vigil_common.logging import get_logger
 
 from vigil_shadow import convert
 from vigil_shadow.domain import Failed, Origin, Said
@@ -25,8 +28,16 @@ if TYPE_CHECKING:
 CALL_S = 30.0
 REVIEWS_AGE_S = 10.0
 REVIEWS_PAGE = 1_000
+# Looks rest for so many times what one takes; a page of one may lie behind millions of frames.
+RESTS = 10
+LOOK_S = 900.0
+# A report waits for so long to have what is new.
+QUICK_S = 0.5
+# How much earlier than its comparison a frame that is compared may have been captured, to be looked for.
+LATE_MS = 3_600_000
 # Statuses that may pass by themselves; the worker is busy, or a part is away.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+log = get_logger()
 LABELS = {types_pb2.LABEL_NORMAL: False, types_pb2.LABEL_ANOMALOUS: True}
 
 
@@ -82,24 +93,65 @@ def _stored(frame: storage_pb2.StoredFrame) -> StoredFrame:
     return StoredFrame(frame.header.frame_id, origin, convert.to_us(frame.stored_at), live)
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What one look found: in how many reviewed disagreements the candidate is right, and live."""
+
+    counts: tuple[int, int]
+    at: float
+    took_s: float
+
+
+_NOTHING = _Counted((0, 0), 0.0, 0.0)
+
+
 class StorageReviews:
-    """What people said of the disagreements that storage has."""
+    """What people said of the disagreements that storage has.
+
+    A look goes through every frame since the comparison began, which takes seconds for each 100,000. So it goes on
+    beside the reports, which have what the last one found; only the first is waited for.
+    """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub: storage_pb2_grpc.FrameServiceAsyncStub = storage_pb2_grpc.FrameServiceStub(channel)
-        self._known: dict[tuple[str, str], tuple[float, tuple[int, int]]] = {}
+        self._known: dict[tuple[str, str], _Counted] = {}
+        self._looks: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def counts(self, report: Report) -> tuple[int, int]:
-        """In how many of them the candidate is right, and live; at most `REVIEWS_AGE_S` old."""
+        """In how many of them the candidate is right, and live.
+
+        Raises:
+            Unavailable: Storage is away, and nothing was found before.
+        """
         key = report.model, report.run
-        read_at, counts = self._known.get(key, (float("-inf"), (0, 0)))
-        if time.monotonic() - read_at < REVIEWS_AGE_S:
-            return counts
+        known = self._known.get(key)
+        if known is not None and time.monotonic() - known.at < max(REVIEWS_AGE_S, RESTS * known.took_s):
+            return known.counts
+        look = self._looks.get(key)
+        if look is None:
+            look = self._looks[key] = asyncio.create_task(self._look(key, report))
+            look.add_done_callback(lambda done: self._looked(key, done))
+        if known is None:
+            await asyncio.shield(look)  # whoever gives up, it goes on
+        else:
+            await asyncio.wait((look,), timeout=QUICK_S)
+        return self._known.get(key, known or _NOTHING).counts
+
+    def _looked(self, key: tuple[str, str], done: asyncio.Task[None]) -> None:
+        del self._looks[key]
+        if not done.cancelled() and (error := done.exception()) is not None:
+            log.warning("reviews_not_counted", model=key[0], run=key[1], detail=str(error))
+
+    async def _look(self, key: tuple[str, str], report: Report) -> None:
+        began = time.monotonic()
         candidate_right = live_right = 0
         request = storage_pb2.QueryRequest(model=report.model, disagreement=True, reviewed=True, page_size=REVIEWS_PAGE)
+        # A replay's frames may be of any time.
+        if report.text("live_digest") and (started_ms := report.count("started_at_ms")):
+            request.start.FromMilliseconds(max(0, started_ms - LATE_MS))
         while True:
             with _translated("storage"):
-                answer = await self._stub.Query(request, timeout=CALL_S)
+                answer = await self._stub.Query(request, timeout=LOOK_S)
             for frame in answer.frames:
                 people = LABELS.get(frame.annotation.label)
                 if people is None or not _of(report, frame):
@@ -111,8 +163,8 @@ class StorageReviews:
             if not answer.next_page_token:
                 break
             request.page_token = answer.next_page_token
-        self._known[key] = time.monotonic(), (candidate_right, live_right)
-        return candidate_right, live_right
+        now = time.monotonic()
+        self._known[key] = _Counted((candidate_right, live_right), now, now - began)
 
 
 def _of(report: Report, frame: storage_pb2.StoredFrame) -> bool:

@@ -22,6 +22,7 @@ from vigil_common.errors import Conflict, InvalidInput, NotFound, VigilError
 from vigil_common.store import labels as gate
 from vigil_common.store.find import find_frame, runs
 from vigil_common.store.ports import FrameFilter, Record, StoredRecord, Written
+from vigil_common.store.tracks import base_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -102,7 +103,7 @@ class RetainedFrameStore:
         except VigilError as error:
             return [error] * len(changes)
         for index, change in enumerate(changes):
-            place = (change.entry, change.timestamp_us)
+            place = (base_of(change.entry), change.timestamp_us)
             if change.timestamp_us % 2 and place not in copies and self._stays(change.labels):
                 results[index] = await self._keep(change)
             else:
@@ -123,7 +124,10 @@ class RetainedFrameStore:
         return [results[index] for index in range(len(changes))]
 
     async def _copies(self, changes: Sequence[Labelling]) -> set[tuple[str, int]]:
-        """Which of these were copied to what stays; a look costs less than a server's search for what is not there."""
+        """Which of these were copied to what stays, by camera and time: each side has tracks of its own.
+
+        A look costs less than a server's search for what is not there.
+        """
         found: set[tuple[str, int]] = set()
         odd: dict[str, list[int]] = defaultdict(list)
         for change in changes:
@@ -133,7 +137,7 @@ class RetainedFrameStore:
             for start, stop in runs(sorted(times), COPY_GAP_US):
                 where = FrameFilter([entry], start_us=start, stop_us=stop + 1, equals={COPY: "true"})
                 async for record in self._kept.query(where, limit=2**31):
-                    found.add((entry, record.timestamp_us))
+                    found.add((base_of(entry), record.timestamp_us))
         return found
 
     async def _keep(self, change: Labelling) -> VigilError | None:
@@ -182,7 +186,7 @@ class RetainedFrameStore:
         self._passing.forget(model)
 
     async def query(self, where: FrameFilter, *, limit: int) -> AsyncIterator[StoredRecord]:
-        """Matching records of both by time; where there is a copy, it alone counts."""
+        """Matching records of both by time; where there is a copy, it alone counts, whichever track it stands in."""
         if limit <= 0:
             return
         copies = FrameFilter(where.entries, where.start_us, where.stop_us, equals={COPY: "true"})
@@ -194,6 +198,8 @@ class RetainedFrameStore:
             heads: list[tuple[tuple[int, str], int, StoredRecord]] = []
             streams = (kept, passing)
             copied = await anext(known, None)
+            # Cameras of which a copy stands at the time that was reached.
+            reached, cameras = -1, set[str]()
 
             async def advance(side: int) -> None:
                 record = await anext(streams[side], None)
@@ -204,10 +210,14 @@ class RetainedFrameStore:
                 await advance(side)
             given = 0
             while heads and given < limit:
-                order, side, record = heapq.heappop(heads)
-                while copied is not None and _order(copied) < order:
+                _, side, record = heapq.heappop(heads)
+                if record.timestamp_us != reached:
+                    reached, cameras = record.timestamp_us, set()
+                while copied is not None and copied.timestamp_us <= reached:
+                    if copied.timestamp_us == reached:
+                        cameras.add(base_of(copied.entry))
                     copied = await anext(known, None)
-                if not (side == 1 and copied is not None and _order(copied) == order):
+                if side == 0 or base_of(record.entry) not in cameras:
                     yield record
                     given += 1
                 await advance(side)

@@ -114,7 +114,7 @@ async function submit(label) {
       data.set("mask", await new Promise((done) => canvas.toBlob(done, "image/png")), "mask.png");
     }
     const answer = await fetch(form.action, { method: "POST", body: data, redirect: "manual" });
-    if (answer.type === "opaqueredirect") {
+    if (answer.type === "opaqueredirect") { // only what was kept leads on
       location.assign(form.dataset.next);
       return;
     }
