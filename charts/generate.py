@@ -14,6 +14,26 @@ CHARTS = Path(__file__).parent
 BEGIN, END = "<!-- values: begin -->", "<!-- values: end -->"
 _KEY = re.compile(r"^( *)([A-Za-z][\w./-]*):(?: |$)")
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+# Kubernetes' quantities: a number, and what it is multiplied by. There is no volume of size 0.
+_UNIT = "([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?$"
+_QUANTITY = {"type": ["string", "number"], "pattern": rf"^\+?([0-9]+(\.[0-9]*)?|\.[0-9]+){_UNIT}", "minimum": 0}
+_QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY}
+# What the API server refuses otherwise, by the name that a doc gives as its shape.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "strings": {"additionalProperties": {"type": "string"}},
+    "labels": {
+        "additionalProperties": {
+            "type": "string",
+            "maxLength": 63,
+            "pattern": "^([A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)?$",
+        }
+    },
+    "size": {"pattern": rf"^\+?(0*[1-9][0-9]*(\.[0-9]*)?|0*\.[0-9]*[1-9][0-9]*){_UNIT}"},
+    "resources": {
+        "additionalProperties": False,
+        "properties": {"requests": _QUANTITIES, "limits": _QUANTITIES, "claims": {"type": "array"}},
+    },
+}
 
 
 def docs(text: str) -> dict[tuple[str, ...], str]:
@@ -39,7 +59,9 @@ def split(doc: str) -> tuple[str, dict[str, Any]]:
     start = doc.find(" {")
     if start < 0 or not doc.endswith("}"):
         return doc, {}
-    return doc[:start], yaml.safe_load(doc[start:])
+    extra = yaml.safe_load(doc[start:])
+    shape = _SHAPES[extra.pop("shape")] if "shape" in extra else {}
+    return doc[:start], {**shape, **extra}
 
 
 def schema(value: Any, path: tuple[str, ...], documented: dict[tuple[str, ...], str]) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from redis import Redis
+from vigil_common.streams import acl
+from vigil_operator.phases import Phase
 
 from tests.e2e.cluster import programs
 from tests.support.valkey import ValkeyProcess
@@ -45,14 +48,14 @@ def refused(chart: str, *settings: str) -> str:
     return done.stderr
 
 
-def notes(folder: Path, chart: str, *settings: str) -> str:
+def notes(folder: Path, chart: str, *settings: str, release: str = "vigil") -> str:
     """What an installation prints, of which helm shows nothing without a cluster."""
     copy = shutil.copytree(CHARTS / chart, folder / chart, dirs_exist_ok=True)
     text = (copy / "templates" / "NOTES.txt").read_text()
     (copy / "templates" / "notes.yaml").write_text('notes: {{ include "notes" . | toJson }}')
     (copy / "templates" / "_notes.tpl").write_text(f'{{{{ define "notes" }}}}{text}{{{{ end }}}}')
     done = helm(
-        *("template", "vigil", str(copy), "--namespace=here", "--show-only=templates/notes.yaml"),
+        *("template", release, str(copy), "--namespace=here", "--show-only=templates/notes.yaml"),
         *(f"--set={setting}" for setting in settings),
     )
     assert done.returncode == 0, done.stderr
@@ -203,6 +206,32 @@ def test_who_has_to_restart_for_a_renewed_certificate_is_told(tmp_path: Path) ->
     assert restart not in notes(tmp_path, "vigil")
 
 
+def test_valkey_is_told_of_changed_users_as_the_notes_say(tmp_path: Path) -> None:
+    restart = "rollout restart -n here statefulset/vigil-valkey"
+    passwords = ("valkey.existingSecret=passwords",)
+    assert restart not in notes(tmp_path, "vigil")
+    assert restart in notes(tmp_path, "vigil", *passwords)
+    assert "ACL LOAD" not in notes(tmp_path, "vigil", *passwords)
+    said = notes(tmp_path, "vigil", *passwords, "valkey.users=true")
+    assert restart in said
+    command, user = re.findall(r"(ACL LOAD) as its user (\w+)", said)[0]
+    # Given a server with the users of an earlier Vigil
+    users = acl.write(tmp_path / "users")
+    now = users.read_text()
+    users.write_text("".join(line for line in now.splitlines(keepends=True) if "user keda " not in line))
+    server = ValkeyProcess(tmp_path / "valkey", "--aclfile", str(users)).start()
+    try:
+        # when there is a newer file
+        users.write_text(now)
+        with Redis(port=server.port, username=user, password=(tmp_path / "users" / user).read_text()) as redis:
+            assert "keda" not in redis.acl_users()
+            # then it knows it by that command.
+            redis.execute_command(command)
+            assert "keda" in redis.acl_users()
+    finally:
+        server.kill()
+
+
 def test_queue_and_store_hear_that_they_are_to_stop(tmp_path: Path) -> None:
     """The first process of a container gets SIGTERM, and a shell would not hand it on."""
     for number, part in enumerate(of_kind(CHARTS / "vigil" / "ci" / "tls-values.yaml", "StatefulSet")):
@@ -298,6 +327,54 @@ def test_the_operator_asks_where_the_platform_is() -> None:
         assert (namespace, kind) == ("default", "svc") or namespace == "here"
 
 
+def operator_env(said: str) -> dict[str, str]:
+    """Of an operator that is installed as these notes say."""
+    (command,) = re.findall(r"helm install vigil-operator (?:.*\\\n)*.*", said)
+    settings = re.findall(r"--set (\S+)", command)
+    done = helm(
+        *("template", "vigil-operator", str(CHARTS / "vigil-operator"), "--namespace=here"),
+        *(f"--set={setting}" for setting in settings),
+    )
+    assert done.returncode == 0, done.stderr
+    (deployment,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return {part["name"]: part.get("value", "") for part in container["env"]}
+
+
+@pytest.mark.parametrize("secured", [False, True])
+@pytest.mark.parametrize(
+    ("release", "named"),
+    [
+        ("vigil", ()),
+        ("prod", ()),
+        ("prod-vigil", ()),
+        ("prod", ("fullnameOverride=cam",)),
+        ("prod", ("fullnameOverride=vigil",)),
+        ("prod", ("fullnameOverride=the-vigil-2",)),
+        ("vigil", ("fullnameOverride=cam",)),
+        ("vigil", ("nameOverride=eye",)),
+        ("prod", ("nameOverride=eye",)),
+        (f"vigil-{'long' * 11}", ()),
+        ("long" * 9, ()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_the_operator_that_the_notes_install_finds_a_platform_of_any_name(
+    release: str,
+    named: tuple[str, ...],
+    secured: bool,  # noqa: FBT001 - pytest's parameter
+    tmp_path: Path,
+) -> None:
+    settings = (*named, *(("tls.enabled=true", "tls.existingSecret=ours") if secured else ()))
+    env = operator_env(notes(tmp_path, "vigil", *settings, release=release))
+    done = helm("template", release, str(CHARTS / "vigil"), *(f"--set={setting}" for setting in settings))
+    services = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Service"]
+    names = {part["metadata"]["labels"]["app.kubernetes.io/component"]: part["metadata"]["name"] for part in services}
+    assert env["VIGIL_REDIS_URL"] == f"{'rediss' if secured else 'redis'}://{names['valkey']}.here.svc:6379/0"
+    assert env["VIGIL_STORAGE_ADDRESS"] == f"{names['storage']}.here.svc:50053"
+    assert env["VIGIL_SHADOW_ADDRESS"] == f"{names['shadow']}.here.svc:50054"
+
+
 @pytest.mark.parametrize(
     ("settings", "redis"),
     [
@@ -314,12 +391,7 @@ def test_the_operator_asks_where_the_platform_is() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_operator_is_installed_as_the_notes_say(settings: tuple[str, ...], redis: str, tmp_path: Path) -> None:
-    said = re.findall(r"--set (\S+)", notes(tmp_path, "vigil", *settings))
-    done = helm("template", "vigil-operator", str(CHARTS / "vigil-operator"), *(f"--set={setting}" for setting in said))
-    assert done.returncode == 0, done.stderr
-    (deployment,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Deployment"]
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    env = {part["name"]: part.get("value", "") for part in container["env"]}
+    env = operator_env(notes(tmp_path, "vigil", *settings))
     assert env["VIGIL_WORKER_REDIS_SECRET"] == redis
     assert env["VIGIL_WORKER_REDIS_USERS"] == str("valkey.users=true" in settings).lower()
     assert ("VIGIL_REDIS_CA_FILE" in env) == env["VIGIL_REDIS_URL"].startswith("rediss")
@@ -348,6 +420,68 @@ def test_spans_go_to_the_collector_and_the_policies_let_them() -> None:
         assert ({"to": [monitoring]} in out) is (part in senders), part
     anywhere = helm("template", "vigil", str(CHARTS / "vigil"), "--set=otlp.endpoint=http://collector.obs:4317").stdout
     assert anywhere.count("- ports: [{port: 4317}]") == len(senders)
+
+
+@pytest.mark.parametrize(
+    ("settings", "scalers"),
+    [
+        ((), [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "keda"}}}]),
+        (("scalersFrom[0].podSelector.matchLabels.app=scaler",), [{"podSelector": {"matchLabels": {"app": "scaler"}}}]),
+        (("scalersFrom=null",), []),
+    ],
+    ids=["usual", "named", "none"],
+)
+def test_who_scales_workers_may_reach_valkey_alone(settings: tuple[str, ...], scalers: list[dict[str, Any]]) -> None:
+    given = (f"--set=networkPolicy.{setting}" for setting in settings)
+    done = helm("template", "vigil", str(CHARTS / "vigil"), "--show-only=templates/networkpolicy.yaml", *given)
+    assert done.returncode == 0, done.stderr
+    let_in = {
+        policy["metadata"]["name"]: [
+            peer for rule in policy["spec"].get("ingress", ()) for peer in rule.get("from", ())
+        ]
+        for policy in yaml.safe_load_all(done.stdout)
+    }
+    assert let_in.pop("vigil-valkey")[3:] == scalers
+    assert all(scaler not in peers for peers in let_in.values() for scaler in scalers)
+
+
+def alert(name: str, *settings: str) -> dict[str, Any]:
+    monitored = ("metrics.prometheusRule.enabled=true", "metrics.serviceMonitor.enabled=true", *settings)
+    done = helm(
+        *("template", "production", str(CHARTS / "vigil"), "--namespace=here"),
+        *("--show-only=templates/monitoring.yaml", *(f"--set={setting}" for setting in monitored)),
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = [part for part in yaml.safe_load_all(done.stdout) if part["kind"] == "PrometheusRule"]
+    (found,) = [rule for group in made["spec"]["groups"] for rule in group["rules"] if rule["alert"] == name]
+    return dict(found)
+
+
+@pytest.mark.parametrize("shadow", ["true", "false"])
+def test_a_part_without_any_target_is_down_too(shadow: str) -> None:
+    # Prometheus calls a job by its Service, of those with the port that the ServiceMonitor names.
+    enabled = f"shadow.enabled={shadow}"
+    done = helm("template", "production", str(CHARTS / "vigil"), f"--set={enabled}")
+    services = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Service"]
+    jobs = {
+        part["metadata"]["name"] for part in services if "metrics" in {port["name"] for port in part["spec"]["ports"]}
+    }
+    jobs.remove("production-vigil-review")
+    seen, *absent = alert("VigilDown", enabled)["expr"].splitlines()
+    # An absent series has the labels that are asked for by equality alone, and the text needs the job.
+    assert sorted(absent) == sorted(f'or absent(up{{namespace="here", job="{job}"}})' for job in jobs)
+    (pattern,) = re.findall(r'^sum by \(namespace, job\) \(up\{namespace="here", job=~"([^"]+)"\}\) == 0$', seen)
+    assert all(re.fullmatch(pattern, job) for job in jobs)
+    others = ("other-production-vigil-storage", "production-vigil-review", "production-vigil-storage-2")
+    assert not any(re.fullmatch(pattern, job) for job in others)
+    # Jobs of another's making have names of another's making.
+    assert "absent" not in alert("VigilDown", "metrics.serviceMonitor.enabled=false")["expr"]
+
+
+def test_a_failed_rollout_is_seen_by_a_counter_that_grows() -> None:
+    expression = alert("VigilRolloutFailed")["expr"]
+    (phases,) = re.findall(r'increase\(vigil_operator_transitions_total\{phase=~"([^"]+)"\}\[15m\]\)', expression)
+    assert set(phases.split("|")) == {Phase.FAILED, Phase.HELD}
 
 
 def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
@@ -398,6 +532,23 @@ def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
         (("storage.batchSize=65",), "batchSize"),
         (("valkey.appendfsync=no",), "appendfsync"),
         (("image.pullPolicy=Sometimes",), "pullPolicy"),
+        (("podAnnotations.a=1",), "/podAnnotations/a"),
+        (("commonLabels.team=1",), "/commonLabels/team"),
+        (("commonLabels.team=a team",), "/commonLabels/team"),
+        (("nodeSelector.gpu=true",), "/nodeSelector/gpu"),
+        (("ingest.service.annotations.a=1",), "/ingest/service/annotations/a"),
+        (("review.service.annotations.a=true",), "/review/service/annotations/a"),
+        (("review.ingress.annotations.a=1",), "/review/ingress/annotations/a"),
+        (("networkPolicy.workerLabels.a=1",), "/networkPolicy/workerLabels/a"),
+        (("metrics.serviceMonitor.labels.a=1",), "/metrics/serviceMonitor/labels/a"),
+        (("metrics.prometheusRule.labels.a=1",), "/metrics/prometheusRule/labels/a"),
+        (("metrics.dashboards.labels.grafana_dashboard=1",), "/metrics/dashboards/labels/grafana_dashboard"),
+        (("valkey.persistence.size=10 GB",), "/valkey/persistence/size"),
+        (("reductstore.persistence.size=10GB",), "/reductstore/persistence/size"),
+        (("reductstore.persistence.size=0Gi",), "/reductstore/persistence/size"),
+        (("storage.resources.limits.memory=1 GB",), "/storage/resources/limits/memory"),
+        (("storage.resources.limits.cpu=-1",), "/storage/resources/limits/cpu"),
+        (("storage.resources.limit.cpu=1",), "/storage/resources"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -416,11 +567,43 @@ def test_what_can_not_work_is_refused_with_a_sentence(settings: tuple[str, ...],
             "leave the one in platform.redisUrl out",
         ),
         (("replicas=2",), "replicas"),
+        (("podAnnotations.a=1",), "/podAnnotations/a"),
+        (("commonLabels.team=1",), "/commonLabels/team"),
+        (("nodeSelector.gpu=true",), "/nodeSelector/gpu"),
+        (("serviceMonitor.labels.a=1",), "/serviceMonitor/labels/a"),
+        (("resources.requests.memory=1 GB",), "/resources/requests/memory"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_operators_chart_refuses_with_a_sentence(settings: tuple[str, ...], says: str) -> None:
     assert says in refused("vigil-operator", *settings)
+
+
+@pytest.mark.parametrize("size", ["20Gi", "0.5Ti", "1.5T", ".5G", "1e12", "8589934592", "08Gi"])
+def test_every_size_that_kubernetes_knows_is_taken(size: str) -> None:
+    done = helm("template", "vigil", str(CHARTS / "vigil"), f"--set-string=valkey.persistence.size={size}")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("cpu", ["0", "2", "1.5", "500m"])
+def test_every_resource_that_kubernetes_knows_is_taken(cpu: str) -> None:
+    for given in ("--set", "--set-string"):
+        done = helm("template", "vigil", str(CHARTS / "vigil"), f"{given}=ingest.resources.limits.cpu={cpu}")
+        assert done.returncode == 0, done.stderr
+
+
+def open_mappings(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Path of each mapping of the user's own, and what its values are."""
+    for name, part in schema.get("properties", {}).items():
+        if part["type"] == "object" and not part.get("properties"):
+            yield f"{path}{name}", part.get("additionalProperties")
+        yield from open_mappings(part, f"{path}{name}.")
+
+
+def test_the_schema_says_of_every_mapping_what_its_values_are() -> None:
+    for chart in ("vigil", "vigil-operator"):
+        found = dict(open_mappings(json.loads((CHARTS / chart / "values.schema.json").read_text())))
+        assert {path for path, values in found.items() if values is None} == {"affinity", "global"}
 
 
 def large_numbers(schema: dict[str, Any]) -> dict[str, Any]:

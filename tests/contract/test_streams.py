@@ -94,6 +94,24 @@ async def test_one_of_two_holders_emits_and_the_other_is_told(streams: Streams) 
     assert len(await outcomes.read(count=10, block_ms=100)) == 1
 
 
+async def test_what_a_consumer_holds_it_does_not_take_from_itself(streams: Streams) -> None:
+    for frame_id in ("f1", "f2", "f3"):
+        await admit(streams, frame_id, to="replica")
+    first, second = streams.source(M, "a"), streams.source(M, "b")
+    frames = await first.read(count=3, block_ms=100)
+    held = [frame.entry_id for frame in frames[:2]]
+    (lost,) = await first.claim(min_idle_ms=0, count=10, held=held)
+    assert (lost.entry_id, lost.deliveries) == (frames[2].entry_id, 2)
+    claimed = await second.claim(min_idle_ms=0, count=2)
+    assert [(one.entry_id, one.deliveries) for one in claimed] == [(entry_id, 2) for entry_id in held]
+
+
+async def test_replies_go_on_where_the_server_began_them_anew_at_an_earlier_time(streams: Streams) -> None:
+    if isinstance(streams, MemoryStreams):
+        pytest.skip("its places are no times")
+    assert await streams.queue.read_replies(M, "replica", "99999999999999-0", block_ms=10) == ("0", [])
+
+
 async def test_the_same_frame_again_is_pending_then_judged_and_another_image_is_refused(streams: Streams) -> None:
     assert (await admit(streams, "f1", to="old")).state is Admission.ADMITTED
     assert (await admit(streams, "f1", sha=b"other")).state is Admission.REUSED

@@ -53,7 +53,8 @@ def like_an_export(*, size: tuple[int, int] = (64, 64), padded: bool = False) ->
         node("Shape", ["found"], "leading_found", start=0, end=2),
         node("Concat", ["leading_found", "sizes"], "whole_found", axis=0),
         node("Resize", ["found", "", "", "whole_found"], "anomaly_map", mode="linear"),
-        node("ReduceMax", ["anomaly_map", "plane"], "pred_score", keepdims=0),
+        node("ReduceMax", ["anomaly_map", "plane"], "most", keepdims=0),
+        node("Abs", ["most"], "pred_score"),
     ]
     graph = helper.make_graph(
         nodes,

@@ -229,3 +229,12 @@ def test_limits_hold_for_bytes_files_and_the_manifest() -> None:
     assert caught.value.reason == "BUNDLE_TOO_LARGE"
     assert refusal(tar(member(f"file{index}") for index in range(300))) == "BUNDLE_TOO_LARGE"
     assert refusal(with_manifest(b"#" * (2 << 20))) == "BUNDLE_TOO_LARGE"
+
+
+@pytest.mark.parametrize("threshold", [".nan", ".inf"])
+def test_a_threshold_that_is_no_number_is_refused(threshold: str) -> None:
+    """Nothing is over it, so every image would be normal."""
+    text = yaml.safe_dump(manifest().model_dump(mode="json", exclude_none=True))
+    assert (
+        refusal(with_manifest(text.replace("threshold: 0.5", f"threshold: {threshold}").encode())) == "MANIFEST_INVALID"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -217,13 +218,21 @@ async def test_an_error_that_will_not_pass_is_a_result_and_the_stream_goes_on(se
 
 
 async def test_a_frame_that_can_not_be_sent_is_a_result_and_the_others_go_on(server: Server) -> None:
-    wrong: dict[str, Any] = {"f-1": {"labels": {"lot": 7}}, "f-3": {"model_version": -1}}
-    frames = [Frame(b"image", "m", frame_id=name, **wrong.get(name, {})) for name in map("f-{}".format, range(5))]
+    wrong: dict[str, Any] = {
+        "f-1": {"labels": {"lot": 7}},
+        "f-3": {"model_version": -1},
+        "f-4": {"visualization": "full"},
+        "f-5": {"image": Path("image.png")},
+    }
+    frames = [
+        Frame(**{"image": b"image", "model": "m", "frame_id": name, **wrong.get(name, {})})
+        for name in map("f-{}".format, range(8))
+    ]
     async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
         results = {result.frame_id: result async for result in client.stream(frames)}
         alone = await client.submit(frames[1])
     found = {name: result.error.reason for name, result in results.items() if result.error}
-    assert found == {"f-1": "FRAME_INVALID", "f-3": "FRAME_INVALID"}
+    assert found == dict.fromkeys(wrong, "FRAME_INVALID")
     assert len(results) == len(frames)
     assert alone.error is not None
     assert (alone.error.code, alone.error.reason) == ("INVALID_ARGUMENT", "FRAME_INVALID")

@@ -82,6 +82,7 @@ def test_images_on_their_way_are_bounded_over_all_clients() -> None:
 
 def test_bad_frames_are_answered_at_once_until_there_are_too_many_of_them() -> None:
     clock = Clock()
+    assert Clients(ClientLimits(refused_per_s=0), clock=clock).refusal_delay_s("anybody") == 0.0
     clients = Clients(ClientLimits(refused_per_s=10), clock=clock)
     delays = [clients.refusal_delay_s("hostile") for _ in range(40)]
     assert delays[:20] == [0.0] * 20

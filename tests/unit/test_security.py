@@ -195,12 +195,17 @@ async def test_a_clients_stream_hears_of_the_end_also_while_it_sends(
         assert reason_of(caught.value) == "TOKEN_UNKNOWN"
 
 
-async def test_a_slip_in_the_tokens_file_locks_nobody_out(tokens_file: Path) -> None:
+@pytest.mark.parametrize(
+    "slip",
+    [b"tokens: [{name: line-1}]", b"# for hall \xfc\ntokens: []", b"tokens: 2026-13-45", b"[" * 5000],
+    ids=["a field is missing", "not UTF-8", "no date", "too deep"],
+)
+async def test_a_slip_in_the_tokens_file_locks_nobody_out(tokens_file: Path, slip: bytes) -> None:
     async with (
         serving(SecuritySettings(tokens_file=tokens_file)) as port,
         grpc.aio.insecure_channel(f"localhost:{port}") as channel,
     ):
-        tokens_file.write_text("tokens: [{name: line-1}]")
+        tokens_file.write_bytes(slip)
         os.utime(tokens_file, ns=(1, 1))
         assert await reason(channel, token=TOKENS["line"]) == "IMAGE_UNREADABLE"
         assert await reason(channel, token="x" * 40) == "TOKEN_UNKNOWN"

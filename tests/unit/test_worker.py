@@ -21,7 +21,7 @@ from vigil_inference.roles import Role
 from vigil_inference.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
     from vigil_common.streams.memory import MemoryFrameSource
     from vigil_common.streams.ports import ComparedVerdict, Emission, QueuedFrame
@@ -86,6 +86,7 @@ class WatchedSource:
         self._inner = inner
         self.away = False
         self.broken = False
+        self.claims = 0
         self.counts: list[int] = []
         self.emitted: list[Emission] = []
         self.groups: list[int] = []
@@ -94,8 +95,9 @@ class WatchedSource:
         self.counts.append(count)
         return await self._inner.read(count=count, block_ms=block_ms)
 
-    async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
-        return await self._inner.claim(min_idle_ms=min_idle_ms, count=count)
+    async def claim(self, *, min_idle_ms: int, count: int, held: Collection[str] = ()) -> list[QueuedFrame]:
+        self.claims += 1
+        return await self._inner.claim(min_idle_ms=min_idle_ms, count=count, held=held)
 
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
         if self.away:
@@ -505,11 +507,51 @@ async def test_our_own_frame_that_takes_long_is_not_judged_twice() -> None:
     await bench.admit("f1")
     await bench.promote()
     async with working(bench):
-        await bench.until(lambda: any(one.deliveries > 2 for one in bench.streams.state(M).pending.values()))
+        await bench.until(lambda: bench.source.claims > 3)
+        assert [one.deliveries for one in bench.streams.state(M).pending.values()] == [1]
         assert bench.pipeline.running == 1
         bench.pipeline.let.set()
         await bench.until(lambda: "f1" in bench.outcomes())
     assert bench.pipeline.judged == [b"0.75"]
+
+
+async def test_what_a_stuck_worker_holds_another_one_takes_and_the_stuck_one_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(claim_idle_ms=15)
+    bench.pipeline.let.clear()
+    await bench.admit("f1")
+    await bench.promote()
+    task = asyncio.create_task(bench.worker.run(bench.stop))
+    other = bench.streams.source(M, "other")
+    async with asyncio.timeout(DEADLINE_S):
+        while not (taken := await other.claim(min_idle_ms=15, count=1)):
+            await asyncio.sleep(0.005)
+    assert taken[0].deliveries == 2
+    monkeypatch.setattr(module, "HUNG_S", 0.05)
+    monkeypatch.setattr(module, "DRAIN_S", 0.05)
+    with pytest.raises(RuntimeError, match="does not end"):
+        await asyncio.wait_for(task, DEADLINE_S)
+
+
+async def test_large_pictures_leave_one_at_a_time_and_nothing_is_read_beside_many_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "EMIT_BYTES", 1)
+    monkeypatch.setattr(module, "OUTBOX_BYTES", 1)
+    bench = Bench(prefetch=4)
+    bench.source.away = True
+    for index in range(6):
+        await bench.admit(f"f{index}")
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: bool(bench.streams.state(M).pending) and not bench.pipeline.running)
+        reads = len(bench.source.counts)
+        await asyncio.sleep(0.05)
+        assert len(bench.source.counts) == reads
+        bench.source.away = False
+        await bench.until(lambda: len(bench.source.emitted) == 6)
+    assert set(bench.source.groups) == {1}
 
 
 async def test_verdicts_wait_for_redis_and_are_not_made_again() -> None:
@@ -519,7 +561,7 @@ async def test_verdicts_wait_for_redis_and_are_not_made_again() -> None:
         await bench.admit(f"f{index}")
     await bench.promote()
     async with working(bench):
-        await bench.until(lambda: any(one.deliveries > 2 for one in bench.streams.state(M).pending.values()))
+        await bench.until(lambda: bench.source.claims > 3)
         bench.source.away = False
         await bench.until(lambda: len(bench.source.emitted) == 3)
     assert len(bench.pipeline.judged) == 3

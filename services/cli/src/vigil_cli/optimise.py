@@ -1,8 +1,9 @@
 """`vigil model optimise`: a published version made over for speed, as a new version."""
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from vigil_client import HumanLabel, Model, StorageClient
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 _CALIBRATION_IMAGES = 64
 _MEASURED_IMAGES = 500
+# Queries for stored frames.
+_ANOMALOUS = {"human_label": HumanLabel.ANOMALOUS}
+_REVIEWED_NORMAL = {"human_label": HumanLabel.NORMAL}
+_JUDGED_NORMAL = {"anomalous": False, "reviewed": False}
 
 
 def optimise(
@@ -23,7 +28,8 @@ def optimise(
     *,
     version: Version = 0,
     normal: Annotated[
-        Path | None, typer.Option(exists=True, help="Normal images; without it, stored frames judged or reviewed so.")
+        Path | None,
+        typer.Option(exists=True, help="Normal images; without it, frames reviewed so, then those judged so."),
     ] = None,
     anomalous: Annotated[
         Path | None, typer.Option(exists=True, help="Anomalous images; without it, frames reviewed so.")
@@ -39,18 +45,15 @@ def optimise(
     """Make faster variants of a version, measure each here, and publish those that say the same as a new version.
 
     Quantisation learns from stored normal frames, every second of them; AUROC is measured on the others and on those
-    that people called anomalous. The new version rolls out as any other, through shadow and its gates.
+    that people called anomalous. Normal are those that people called so, and up to 500 in all those judged so
+    that nobody reviewed. The new version rolls out as any other, through shadow and its gates.
     """
     from vigil_trainer.optimise import optimise as make  # noqa: PLC0415 - loads the runtimes
 
     async def gather() -> tuple[Model, bytes, list[bytes], list[bytes]]:
         async with StorageClient(storage_address, token=token) as storage:
             model, content = await storage.models_download(name, version)
-            good = _read(normal) if normal else await _stored(storage, name, HumanLabel.NORMAL)
-            if not normal and not good:
-                good = await _stored(storage, name, None)
-            bad = _read(anomalous) if anomalous else await _stored(storage, name, HumanLabel.ANOMALOUS)
-            return model, content, good, bad
+            return model, content, *await gather_images(storage, name, normal, anomalous)
 
     async def publish(content: bytes) -> Model:
         async with StorageClient(storage_address, token=token) as storage:
@@ -79,6 +82,17 @@ def optimise(
     run(work())
 
 
+async def gather_images(
+    storage: StorageClient, name: str, normal: Path | None, anomalous: Path | None
+) -> tuple[list[bytes], list[bytes]]:
+    """Normal and anomalous images, of folders or else of the store; what is anomalous is not among the normal ones."""
+    bad = _read(anomalous) if anomalous else await _stored(storage, name, _ANOMALOUS)
+    known = frozenset(bad)  # the same picture may have been streamed again
+    if normal:
+        return [image for image in _read(normal) if image not in known], bad
+    return await _stored(storage, name, _REVIEWED_NORMAL, _JUDGED_NORMAL, without=known), bad
+
+
 def _show(measured: Sequence["Measured"], originals: set[str]) -> None:
     """The table, and below it why something is no variant."""
     table = narrow_table("artefact", "kept", "ms", "MB", "AUROC", "flips", "off by", "threshold")
@@ -102,9 +116,16 @@ def _read(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in find_images(folder)[:_MEASURED_IMAGES]]
 
 
-async def _stored(storage: StorageClient, name: str, label: HumanLabel | None) -> list[bytes]:
-    """Stored frames that people called so; with None, those that were judged normal."""
-    anomalous = False if label is None else None
-    query = storage.frames_query(name, human_label=label, anomalous=anomalous, limit=_MEASURED_IMAGES)
-    frames = [frame async for frame in query]
-    return [(await storage.frames_get(name, frame.frame_id, camera=frame.camera))[1] for frame in frames]
+async def _stored(
+    storage: StorageClient, name: str, *queries: dict[str, Any], without: AbstractSet[bytes] = frozenset()
+) -> list[bytes]:
+    """Images of stored frames, those of the first query first; none that is among others."""
+    images: list[bytes] = []
+    for query in queries:
+        async for frame in storage.frames_query(name, **query):
+            if len(images) == _MEASURED_IMAGES:
+                return images
+            _, image = await storage.frames_get(name, frame.frame_id, camera=frame.camera)
+            if image not in without:
+                images.append(image)
+    return images

@@ -119,7 +119,7 @@ class VigilClient(Connected):
         flight = self._begin(frame)
         try:
             request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=convert.wait_for(wait_for))
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - see `_message`
             return flight.result(error=_unsendable(error))
         while True:
             flight.attempts += 1
@@ -281,10 +281,7 @@ class _StreamSession:
     ) -> None:
         # A failed write shows in the reader, with the status that explains it.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while flights := await self._ready():
-                messages = [message for flight in flights if (message := self._message(flight)) is not None]
-                if not messages:
-                    continue
+            while messages := await self._ready():
                 first, *more = messages
                 await call.write(
                     ingest_pb2.StreamRequest(
@@ -300,25 +297,25 @@ class _StreamSession:
         """What is sent; None where it can't be, which is the frame's result."""
         try:
             return flight.message()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a field of another type leads to is this frame's alone
             self._settle(flight, flight.result(error=_unsendable(error)))
             return None
 
-    async def _ready(self) -> list[_InFlight]:
+    async def _ready(self) -> list[ingest_pb2.Frame]:
         """What goes into the next message, as soon as there is something; empty after the last."""
-        flights: list[_InFlight] = []
+        messages: list[ingest_pb2.Frame] = []
         size = 0
-        while not flights or (len(flights) < self._carries and size < _TOGETHER_BYTES and not self._outbox.empty()):
+        while not messages or (len(messages) < self._carries and size < _TOGETHER_BYTES and not self._outbox.empty()):
             frame_id = await self._outbox.get()
             if frame_id is None:
-                if flights:
+                if messages:
                     self._outbox.put_nowait(None)
                 break
-            if (flight := self._flights.get(frame_id)) is not None:
+            if (flight := self._flights.get(frame_id)) is not None and (message := self._message(flight)) is not None:
                 flight.attempts += 1
-                flights.append(flight)
-                size += len(flight.frame.image)
-        return flights
+                messages.append(message)
+                size += len(message.image)
+        return messages
 
     def _answer(self, response: ingest_pb2.StreamResponse) -> None:
         flight = self._flights.get(response.frame_id)

@@ -84,7 +84,7 @@ def frame_message(frame: Frame) -> ingest_pb2.Frame:
         image=frame.image,
     )
     if frame.captured_at is not None:
-        message.captured_at.FromDatetime(frame.captured_at)
+        message.captured_at.FromDatetime(frame.captured_at.astimezone(UTC))
     return message
 
 

@@ -42,7 +42,7 @@ class Frame:
         model: The model's name.
         frame_id: The id that makes sending it again harmless.
         camera: Where it was taken; the server's default where None.
-        captured_at: When it was taken, with a time zone; the frame id's time where None.
+        captured_at: When it was taken, local time where it has no zone; the frame id's time where None.
         model_version: Refuse unless this version is live.
         labels: Own labels, kept with the frame.
         visualization: The picture wanted with the verdict.

@@ -136,7 +136,7 @@ class Tokens:
             return
         try:
             document = _Document.model_validate(yaml.safe_load(self._path.read_text()))
-        except (ValidationError, yaml.YAMLError) as error:
+        except (ValueError, yaml.YAMLError, RecursionError) as error:  # among them what is no UTF-8, or no date
             # Pydantic's own text repeats the input, which may hold a token pasted by mistake.
             fields = (
                 [".".join(map(str, e["loc"])) for e in error.errors()] if isinstance(error, ValidationError) else []

@@ -106,7 +106,7 @@ class Manifest(_Strict):
     artefacts: dict[Runtime, Artefact] = Field(min_length=1)
     input: ModelInput = ModelInput()
     outputs: ModelOutputs
-    threshold: float = 0.5
+    threshold: float = Field(default=0.5, allow_inf_nan=False)
     fixed_batch: int | None = Field(default=None, ge=1, le=1024)
     parity: tuple[ParitySample, ...] = ()
     variants: dict[str, Variant] = Field(default_factory=dict)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +59,15 @@ def verdict(
         timing.queue.FromMicroseconds(max(0, read_us - received_us))
         timing.total.FromMicroseconds(max(0, time.time_ns() // 1000 - received_us))
     return found
+
+
+# A picture of a large image takes a hundred megabytes while it is drawn.
+_DRAWING = ThreadPoolExecutor(2, thread_name_prefix="draw")
+
+
+async def draw(found: types_pb2.Verdict, judged: Judged, options: types_pb2.OutputOptions) -> None:
+    """`add_pictures` beside the loop, few at a time."""
+    await asyncio.get_running_loop().run_in_executor(_DRAWING, add_pictures, found, judged, options)
 
 
 def add_pictures(found: types_pb2.Verdict, judged: Judged, options: types_pb2.OutputOptions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from vigil_inference.worker import Worker
 
 
-# Calls that wait for the model, each with its encoded image in memory.
+# Calls that wait for the model or their pictures, each with its image in memory.
 MAX_WAITING = 64
 RETRY_AFTER_S = 0.5
 
@@ -56,18 +55,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._waiting += 1
         try:
             judged = await self._pipeline.judge(request.image, pictures=pictures)
+            found = convert.verdict(
+                judged,
+                frame_id=request.frame_id,
+                model=self._version,
+                threshold=request.threshold if request.HasField("threshold") else self._worker.threshold,
+                received_us=received_us,
+                read_us=received_us,
+            )
+            if pictures:
+                await convert.draw(found, judged, request.outputs)
         finally:
             self._waiting -= 1
-        found = convert.verdict(
-            judged,
-            frame_id=request.frame_id,
-            model=self._version,
-            threshold=request.threshold if request.HasField("threshold") else self._worker.threshold,
-            received_us=received_us,
-            read_us=received_us,
-        )
-        if pictures:
-            await asyncio.to_thread(convert.add_pictures, found, judged, request.outputs)
         return inference_pb2.PredictResponse(verdict=found)
 
     async def Describe(

@@ -7,9 +7,9 @@ promoted goes on as live without a restart, and what it has in hand still goes w
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextlib import suppress
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
@@ -56,15 +56,19 @@ CANDIDATE_BLOCK_MS = 50
 GATHER_S = 1.0
 RECONNECT_S = 0.2
 EMIT_AT_MOST = 32
+# With large pictures few go together: what a slow line doesn't carry within Redis' time-out would be sent for ever.
+EMIT_BYTES = 4 << 20
 # Of what a worker can have in hand, this part is emitted together: with much to do, a call for each verdict alone would
 # cost Redis, ingest and the client a good part of what they do for it. A larger part where more waits than it can have.
 TOGETHER, TOGETHER_OF_MORE = 4, 2
 # Verdicts that wait for Redis; past this, no more frames are taken.
-OUTBOX_AT_MOST = 128
+OUTBOX_AT_MOST, OUTBOX_BYTES = 128, 64 << 20
 CLAIM_AT_MOST = 16
 # A frame that has been held for so many times what a full hand takes has been left.
 PATIENCE = 4
 MAX_DELIVERIES = 3
+# A run that takes longer than this, and many times what all in hand takes, never ends: the process does instead.
+HUNG_S, HUNG_TIMES = 120.0, 5
 DRAIN_S = 20.0
 
 log = get_logger()
@@ -116,6 +120,7 @@ class Worker:
         self._working = asyncio.Event()
         self._promoted = asyncio.Event()
         self._in_hand: dict[tuple[Role, str], asyncio.Task[None]] = {}
+        self._since: dict[tuple[Role, str], float] = {}
         self._outbox: list[tuple[Role, Emission]] = []
         self._outgoing = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -155,7 +160,8 @@ class Worker:
         self._become(Role.IDLE)
         # A read is let end, within BLOCK_MS: frames that Redis has handed out already would wait for a claim.
         await asyncio.wait([reader])
-        await asyncio.gather(*self._in_hand.values())
+        if self._in_hand:
+            await asyncio.wait(self._in_hand.values(), timeout=DRAIN_S)
         emptied = asyncio.create_task(self._emptied.wait())
         await asyncio.wait((emptied, emitter), timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
         if self._outbox:
@@ -211,7 +217,8 @@ class Worker:
 
     async def _read(self) -> None:
         """Take as many new frames as there is room for."""
-        if not self._working.is_set() or len(self._outbox) >= OUTBOX_AT_MOST:
+        waiting = sum(_bytes(emission) for _, emission in self._outbox)
+        if not self._working.is_set() or len(self._outbox) >= OUTBOX_AT_MOST or waiting >= OUTBOX_BYTES:
             with suppress(TimeoutError):
                 event = self._emptied if self._working.is_set() else self._working
                 await asyncio.wait_for(event.wait(), BLOCK_MS / 1000)
@@ -253,17 +260,19 @@ class Worker:
         if role is Role.IDLE:
             return
         idle_ms = max(self._claim_idle_ms, int(PATIENCE * self._prefetch * self._frame_s * 1000))
-        claimed = await self._sources[role].claim(min_idle_ms=idle_ms, count=CLAIM_AT_MOST)
-        # Our own, slow or waiting to be emitted; seen now, for they may be done by the time there is room.
+        oldest = min(self._since.values(), default=math.inf)
+        if time.monotonic() - oldest > max(HUNG_S, HUNG_TIMES * idle_ms / 1000):
+            raise RuntimeError("a run of the model does not end")
+        # Our own, slow or waiting to be emitted.
         ours = self._in_hand.keys() | {(of, ready.entry_id) for of, ready in self._outbox}
-        for frame in claimed:
-            if (role, frame.entry_id) not in ours:
-                await self._room.acquire()
-                self._take(role, frame)
+        held = {entry_id for of, entry_id in ours if of is role}
+        for frame in await self._sources[role].claim(min_idle_ms=idle_ms, count=CLAIM_AT_MOST, held=held):
+            await self._room.acquire()
+            self._take(role, frame)
 
     def _take(self, role: Role, frame: QueuedFrame) -> None:
-        task = asyncio.create_task(self._process(role, frame))
-        self._in_hand[role, frame.entry_id] = task
+        self._since[role, frame.entry_id] = time.monotonic()
+        self._in_hand[role, frame.entry_id] = asyncio.create_task(self._process(role, frame))
 
     async def _process(self, role: Role, frame: QueuedFrame) -> None:
         read_us = time.time_ns() // 1000
@@ -286,7 +295,7 @@ class Worker:
             log.exception("run_failed", frame_id=header.frame_id, detail=str(error))
             FRAMES.labels("run_failed").inc()
             emission = None
-        del self._in_hand[role, frame.entry_id]
+        del self._in_hand[role, frame.entry_id], self._since[role, frame.entry_id]
         self._room.release()
         if emission:
             self._outbox.append((role, emission))
@@ -335,7 +344,7 @@ class Worker:
         if pictures:
             found.ClearField("anomaly_map")
             found.ClearField("mask")
-            await asyncio.to_thread(convert.add_pictures, found, judged, header.outputs)
+            await convert.draw(found, judged, header.outputs)
             reply = _serialised(found)
         JUDGED.inc()
         self._scores.observe(judged.score)
@@ -399,7 +408,13 @@ class Worker:
         role = self._outbox[0][0]
         if role is Role.CANDIDATE and len(self._outbox) < EMIT_AT_MOST:
             await self._gather()
-        batch = [emission for _, emission in takewhile(lambda one: one[0] is role, self._outbox[:EMIT_AT_MOST])]
+        batch: list[Emission] = []
+        size = 0
+        for of, emission in self._outbox[:EMIT_AT_MOST]:
+            size += _bytes(emission)
+            if of is not role or (batch and size > EMIT_BYTES):
+                break
+            batch.append(emission)
         won = await self._sources[role].emit(batch)
         del self._outbox[: len(batch)]
         self._let_out()
@@ -407,6 +422,12 @@ class Worker:
             self._emptied.set()
         if not all(won):
             log.info("others_were_first", frames=won.count(False))
+
+
+def _bytes(emission: Emission) -> int:
+    """What it sends."""
+    reply = 0 if emission.reply is emission.outcome else len(emission.reply)
+    return len(emission.outcome) + reply + len(emission.compared)
 
 
 def _serialised(found: types_pb2.Verdict) -> bytes:

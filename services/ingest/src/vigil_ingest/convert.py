@@ -47,7 +47,8 @@ def submission(frame: ingest_pb2.Frame, traceparent: str, client: str) -> Submis
         model_version=frame.model_version if frame.HasField("model_version") else None,
         camera=frame.camera or DEFAULT_CAMERA,
         captured_at_us=_microseconds(frame.captured_at) if frame.HasField("captured_at") else None,
-        labels=frame.labels,
+        # Not a view of them, which would keep the whole request and its image for as long as the frame waits.
+        labels=dict(frame.labels),
         image=frame.image,
         traceparent=continued(traceparent),
         client=client,

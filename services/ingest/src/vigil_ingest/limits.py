@@ -117,6 +117,8 @@ class Clients:
 
     def refusal_delay_s(self, client: str) -> float:
         """Count a bad frame of a client; how long its answer waits."""
+        if not self._limits.refused_per_s:
+            return 0.0
         now = self._clock()
         spent = self._of(client, now)
         delay_s = max(0.0, spent.refusals_until - now - BURST_S)

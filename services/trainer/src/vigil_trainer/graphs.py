@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Run = Callable[[Tensor], Mapping[str, NDArray[Any]]]
 
 MAX_PIXELS = 50_000_000
+# What a graph is run with, here and by workers.
+GIVEN = "an image tensor [N, 3, height, width] of 32-bit floats, RGB from 0 to 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,11 @@ def run_graphs(
         run = open_graph(main, manifest, runtime)
         for image in images:
             tensor = to_tensor(decode(image, max_pixels=MAX_PIXELS), manifest.input)
-            found = run(np.repeat(tensor, manifest.fixed_batch or 1, axis=0))
+            try:
+                found = run(np.repeat(tensor, manifest.fixed_batch or 1, axis=0))
+            except Exception as error:  # the runtime's own exceptions share no base
+                why = " ".join(str(error).split())
+                raise InvalidBundle("MODEL_UNLOADABLE", f"{runtime} can't run {main.name} on {GIVEN}: {why}") from error
             score = float(np.asarray(found[outputs.score]).reshape(-1)[0])
             plane = None
             if outputs.map is not None:
@@ -80,6 +86,7 @@ def _wanted(manifest: Manifest) -> list[str]:
 def _open_onnx(path: Path, manifest: Manifest, threads: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions share no base

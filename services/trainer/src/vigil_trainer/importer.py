@@ -6,8 +6,10 @@ Torch is not needed: names, shapes, a frozen batch, the algorithm and how images
 from __future__ import annotations
 
 import io
+import math
 import re
 from importlib.util import find_spec
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,17 +18,24 @@ from PIL import Image
 from vigil_common.bundle import Artefact, Manifest, ModelInput, ModelOutputs, ParitySample, Runtime, pack
 from vigil_common.errors import InvalidBundle
 
-from vigil_trainer.graphs import load_openvino, run_graphs
+from vigil_trainer.graphs import GIVEN, load_openvino, run_graphs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    # A tensor's type as its runtime calls it, and its shape: None where it is any.
+    Takes = tuple[str, list[int | None]]
+
 SCORE, LABEL, MAP, MASK = "pred_score", "pred_label", "anomaly_map", "pred_mask"
 PARITY_TOLERANCE = 1e-3
-RANK = 4
+# Scores are sums of 32-bit floats: so far outside of 0 to 1 is still within.
+ROUNDING = 1e-6
+RANK, CHANNELS = 4, 3
+# OpenVINO turns what it is given to 16 bits by itself, ONNX Runtime (float16) does not.
+FLOATS = {"float", "f32", "f16"}
 # Folders of Anomalib's results that say nothing of the model.
 _NAMELESS = re.compile(r"onnx|openvino|torch|weights|latest|v[0-9]+|results|models?")
 # Folders of one training in which Anomalib puts its exports.
@@ -55,8 +64,10 @@ def import_export(
         lineage: More to say of where it comes from.
 
     Raises:
-        InvalidBundle: EXPORT_NOT_FOUND, EXPORT_UNREADABLE, BUNDLE_OUTPUT_MISSING, BUNDLE_FILE_MISSING, ENGINE_MISSING,
-            NAME_UNKNOWN or PARITY_FAILED.
+        InvalidBundle: EXPORT_NOT_FOUND, EXPORT_UNREADABLE, MODEL_UNLOADABLE, BUNDLE_OUTPUT_MISSING,
+            BUNDLE_FILE_MISSING, BUNDLE_PATH_OUTSIDE, ENGINE_MISSING, NAME_UNKNOWN, SCORE_NOT_FINITE, SCORE_OUT_OF_RANGE
+            or PARITY_FAILED.
+        InvalidInput: As `vigil_common.pixels.decode`.
     """
     taken, found = _find(path)
     files: dict[str, bytes] = {}
@@ -70,7 +81,7 @@ def import_export(
         # The external data's name is fixed inside the graph, so both keep theirs.
         model = _read_onnx(onnx_path)
         described = _describe(
-            {value.name: _onnx_shape(value) for value in model.graph.input},
+            _onnx_inputs(model.graph),
             {value.name for value in model.graph.output},
             onnx_path,
         )
@@ -107,6 +118,9 @@ def _parity(
         for runtime in manifest.artefacts
         if runtime == "onnxruntime" or find_spec("openvino") or len(manifest.artefacts) == 1
     }
+    for runtime, found in scores.items():
+        for place, score in enumerate(found):
+            _check_score(score, f"image {place} on {runtime}")
     first, *others = scores.values()
     for other in others:
         for place, (one, another) in enumerate(zip(first, other, strict=True)):
@@ -117,6 +131,17 @@ def _parity(
     return tuple(
         ParitySample(image=name, score=score, tolerance=tolerance) for name, score in zip(images, first, strict=True)
     )
+
+
+def _check_score(score: float, what: str) -> None:
+    if not math.isfinite(score):
+        raise InvalidBundle("SCORE_NOT_FINITE", f"the export gives {score} as the score of {what}: its graph is broken")
+    if not -ROUNDING <= score <= 1 + ROUNDING:
+        raise InvalidBundle(
+            "SCORE_OUT_OF_RANGE",
+            f"the export gives {score:g} as the score of {what}, which must lie between 0 and 1; "
+            "export it with Anomalib's post-processor, which normalises scores",
+        )
 
 
 def _drawn(spec: ModelInput) -> tuple[NDArray[np.uint8], ...]:
@@ -192,7 +217,9 @@ def _rank(training: Path) -> tuple[bool, int]:
 
 def _add(files: dict[str, bytes], folder: str, main: Path, names: list[str]) -> Artefact:
     for name in names:
-        source = main.with_name(name)
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise InvalidBundle("BUNDLE_PATH_OUTSIDE", f"{main} needs {name}, outside its folder; keep both in one")
+        source = main.parent / name
         if not source.is_file():
             raise InvalidBundle("BUNDLE_FILE_MISSING", f"{main} needs {name} beside it; export again or copy it there")
         files[f"{folder}/{name}"] = source.read_bytes()
@@ -208,9 +235,10 @@ def _read_onnx(path: Path) -> onnx.ModelProto:
 
 def _external(model: onnx.ModelProto) -> list[str]:
     """Files beside the graph that hold its weights."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     names = {
-        entry.value
-        for tensor in model.graph.initializer
+        PurePosixPath(entry.value).as_posix()
+        for tensor in (*model.graph.initializer, *_tensors_in(nodes))
         if tensor.data_location == onnx.TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"
@@ -218,27 +246,51 @@ def _external(model: onnx.ModelProto) -> list[str]:
     return sorted(names)
 
 
-def _onnx_shape(value: onnx.ValueInfoProto) -> list[int | None]:
-    return [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
+def _tensors_in(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    """What nodes have as attributes, such as Constant, and what the graphs in them have."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from graph.initializer
+            yield from _tensors_in(graph.node)
 
 
-def _describe(
-    inputs: dict[str, list[int | None]], outputs: set[str], path: Path
-) -> tuple[ModelInput, ModelOutputs, int | None]:
+def _onnx_inputs(graph: onnx.GraphProto) -> dict[str, Takes]:
+    """What the graph has to be given; weights that it lists among its inputs it has itself."""
+    known = {one.name for one in graph.initializer} | {one.values.name for one in graph.sparse_initializer}
+    return {
+        value.name: (
+            onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower(),
+            [dim.dim_value or None for dim in value.type.tensor_type.shape.dim],
+        )
+        for value in graph.input
+        if value.name not in known
+    }
+
+
+def _describe(inputs: dict[str, Takes], outputs: set[str], path: Path) -> tuple[ModelInput, ModelOutputs, int | None]:
     if SCORE not in outputs:
         raise InvalidBundle(
             "BUNDLE_OUTPUT_MISSING", f"{path} gives {', '.join(sorted(outputs))} but no {SCORE}; export with Anomalib 2"
         )
-    images = {name: shape for name, shape in inputs.items() if len(shape) == RANK}
-    if len(images) != 1:
-        raise InvalidBundle("EXPORT_UNREADABLE", f"{path} must take exactly one image tensor, it takes {len(images)}")
-    ((name, (batch, _, height, width)),) = images.items()
+    if len(inputs) != 1 or not all(map(_fits, inputs.values())):
+        said = ", ".join(
+            f"{name}: {kind} [{', '.join(str(side or '?') for side in shape)}]"
+            for name, (kind, shape) in inputs.items()
+        )
+        raise InvalidBundle("EXPORT_UNREADABLE", f"{path} takes {said or 'nothing'}; it must take {GIVEN}, alone")
+    ((name, (_, (batch, _, height, width))),) = inputs.items()
     given = {kind: kind if kind in outputs else None for kind in (LABEL, MAP, MASK)}
     return (
         ModelInput(name=name, width=width, height=height),
         ModelOutputs(score=SCORE, label=given[LABEL], map=given[MAP], mask=given[MASK]),
         batch,
     )
+
+
+def _fits(takes: Takes) -> bool:
+    kind, shape = takes
+    return kind in FLOATS and len(shape) == RANK and shape[1] in {CHANNELS, None}
 
 
 def _describe_openvino(path: Path) -> tuple[ModelInput, ModelOutputs, int | None]:
@@ -248,7 +300,10 @@ def _describe_openvino(path: Path) -> tuple[ModelInput, ModelOutputs, int | None
     except RuntimeError as error:
         raise InvalidBundle("EXPORT_UNREADABLE", f"{path} is no OpenVINO model: {error}") from error
     inputs = {
-        item.get_any_name(): [dim.get_length() if dim.is_static else None for dim in item.partial_shape]
+        item.get_any_name(): (
+            item.element_type.get_type_name(),
+            [dim.get_length() if dim.is_static else None for dim in item.partial_shape],
+        )
         for item in model.inputs
     }
     return _describe(inputs, {name for item in model.outputs for name in item.get_names()}, path)

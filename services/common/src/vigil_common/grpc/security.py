@@ -133,10 +133,11 @@ class _Recheck:
                 self.refusal = Unavailable("TOKEN_CHANGED", "what this token may do has changed; call again")
         except (Unauthenticated, Forbidden) as error:
             self.refusal = error
-        if self.refusal is None:
-            self._timer = self._loop.call_later(RECHECK_S, self._look)
-        elif not self._sending:
-            self._limit.reschedule(self._loop.time())
+        finally:  # whatever else went wrong, the next look is not left out
+            if self.refusal is None:
+                self._timer = self._loop.call_later(RECHECK_S, self._look)
+            elif not self._sending:
+                self._limit.reschedule(self._loop.time())
 
     def sending(self) -> None:
         """GRPC has a response: what waits now is not ours to interrupt."""

@@ -26,7 +26,7 @@ from vigil_common.streams.ports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from vigil_common.streams.ports import Disagreed, Emission, ReportStep
 
@@ -248,12 +248,13 @@ class MemoryFrameSource:
             self._pending[entry] = _Pending(self._consumer, self._streams.now(), 1)
         return [self._state.frames[entry] for entry in entries]
 
-    async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
-        """Frames that another consumer left."""
+    async def claim(self, *, min_idle_ms: int, count: int, held: Collection[str] = ()) -> list[QueuedFrame]:
+        """Frames that a consumer left."""
         now = self._streams.now()
         claimed: list[QueuedFrame] = []
         for entry, pending in sorted(self._pending.items()):
-            if (now - pending.since) * 1000 >= min_idle_ms and len(claimed) < count:
+            left = (now - pending.since) * 1000 >= min_idle_ms and self._state.frames[entry].entry_id not in held
+            if left and len(claimed) < count:
                 deliveries = pending.deliveries + 1
                 self._pending[entry] = _Pending(self._consumer, now, deliveries)
                 claimed.append(replace(self._state.frames[entry], deliveries=deliveries))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from vigil_common.errors import InvalidInput, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 
 class Admission(enum.Enum):
@@ -148,8 +148,14 @@ class FrameSource(Protocol):
         """New frames for this consumer."""
         ...
 
-    async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
-        """Frames that another consumer took and left; `deliveries` counts this one."""
+    async def claim(self, *, min_idle_ms: int, count: int, held: Collection[str] = ()) -> list[QueuedFrame]:
+        """Frames that a consumer took and left; `deliveries` counts this one.
+
+        Args:
+            min_idle_ms: Taken so long ago.
+            count: Of so many that were, looked at from where the last call ended.
+            held: Entries that this consumer still has in hand: another one may take them, if it is stuck.
+        """
         ...
 
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ResponseError
 
+from vigil_common.errors import Unavailable
 from vigil_common.logging import get_logger
 from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
 from vigil_common.streams.redis_connection import (
@@ -28,7 +29,7 @@ from vigil_common.streams.redis_connection import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 # An entry costs this much more than its image (header, offsets, listpack), by measurement.
 ENTRY_OVERHEAD_BYTES = 512
@@ -42,6 +43,8 @@ REPLIES_BYTES_AT_MOST = 64 << 20
 REPLIES_KEPT_S = 60
 # What a replica has read it trims from here on: each time would be a write to disk for every verdict without pictures.
 REPLIES_READ_BYTES = 256 << 10
+# Frames of one read.
+READ_AT_MOST = 1_024
 ADMIT, EMIT, EMIT_CANDIDATE, TRIM = (Script.load(name) for name in ("admit", "emit", "emit_candidate", "trim"))
 
 log = get_logger()
@@ -79,16 +82,20 @@ class RedisFrameQueue:
         """Outcomes after this place; those before it go in the same round trip, once they are many bytes."""
         key = f"{prefix(model)}replies:{reply_to}"
         commands: list[tuple[Any, ...]] = [("XREAD", "COUNT", 64, "BLOCK", block_ms, "STREAMS", key, after)]
+        if after != "0":
+            commands.append(("EXISTS", key))
         if after != "0" and self._read_bytes.get(key, 0) >= REPLIES_READ_BYTES:
             milliseconds, number = after.split("-")
             commands.insert(0, ("XTRIM", key, "MINID", f"{milliseconds}-{int(number) + 1}"))
         with translated():
             results = raise_errors(await self._connection.commands(commands))
-        if len(commands) > 1:
+        if commands[0][0] == "XTRIM":
             self._read_bytes[key] = 0
-        entries = entries_of(results[-1])
+            del results[0]
+        entries = entries_of(results[0])
         if not entries:
-            return after, []
+            # Where it has expired, the next one begins at Redis' clock, which may have been set back.
+            return "0" if results[1:] == [0] else after, []
         replies = [fields_of(fields)[b"o"] for _, fields in entries]
         self._read_bytes[key] = self._read_bytes.get(key, 0) + sum(map(len, replies))
         return entries[-1][0].decode(), replies
@@ -131,40 +138,51 @@ class RedisFrameSource:
         self._key = f"{prefix(model)}frames"
         self._consumer = consumer
         self._dedup_window_s = dedup_window_s
-        self._cursor = "0-0"
+        self._cursor = "-"
+        self._at_most = READ_AT_MOST
 
     async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
-        """New frames for this consumer."""
-        entries = await self._connection.read_group(
-            self._model, "frames", self.group, self._consumer, after=">", count=count, block_ms=block_ms
-        )
+        """New frames for this consumer; fewer after a read that took too long, for what it was to bring is claimed."""
+        asked = min(count, self._at_most)
+        try:
+            entries = await self._connection.read_group(
+                self._model, "frames", self.group, self._consumer, after=">", count=asked, block_ms=block_ms
+            )
+        except Unavailable:
+            self._at_most = max(1, asked // 2)
+            raise
+        self._at_most = min(READ_AT_MOST, 2 * self._at_most)
         return [_frame(entry_id, fields) for entry_id, fields in entries]
 
-    async def claim(self, *, min_idle_ms: int, count: int) -> list[QueuedFrame]:
-        """Frames that another consumer left; goes on where the last call ended."""
+    async def claim(self, *, min_idle_ms: int, count: int, held: Collection[str] = ()) -> list[QueuedFrame]:
+        """Frames that a consumer left; fetched one by one, for all at once may be more than a slow line carries."""
         try:
-            cursor, entries, *lost = await self._connection.command(
-                "XAUTOCLAIM", self._key, self.group, self._consumer, min_idle_ms, self._cursor, "COUNT", count
+            pending = await self._connection.command(
+                "XPENDING", self._key, self.group, "IDLE", min_idle_ms, self._cursor, "+", count
             )
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             await self._connection.ensure_groups(self._model)
             return []
-        self._cursor = cursor.decode()
-        if lost and lost[0]:
-            log.error("frames_lost", model=self._model, entries=[entry.decode() for entry in lost[0]])
-        if not entries:
-            return []
-        with translated():
-            pending = await self._connection.commands(
-                [("XPENDING", self._key, self.group, entry_id, entry_id, 1) for entry_id, _ in entries]
-            )
-        return [
-            _frame(entry_id, fields, deliveries=int(found[0][3]))
-            for (entry_id, fields), found in zip(entries, pending, strict=True)
-            if isinstance(found, list) and found
-        ]
+        self._cursor = f"({pending[-1][0].decode()}" if len(pending) == count else "-"
+        claimed: list[QueuedFrame] = []
+        for entry_id, _, _, deliveries in pending:
+            if entry_id.decode() in held:
+                continue
+            try:
+                found = await self._connection.command(
+                    "XCLAIM", self._key, self.group, self._consumer, min_idle_ms, entry_id
+                )
+                if found:
+                    claimed.append(_frame(*found[0], deliveries=int(deliveries) + 1))
+                elif not await self._connection.command("XRANGE", self._key, entry_id, entry_id):
+                    log.error("frames_lost", model=self._model, entries=[entry_id.decode()])
+            except Unavailable:
+                if not claimed:
+                    raise
+                break  # those are ours
+        return claimed
 
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
         """Outcome, reply and acknowledgement in one step."""
