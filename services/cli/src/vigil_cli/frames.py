@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import unquote
 
 import typer
 from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, StoredFrame
@@ -15,6 +16,7 @@ from vigil_cli.options import (
     StorageAddress,
     Token,
     Until,
+    check_known,
     console,
     errors,
     narrow_table,
@@ -70,7 +72,10 @@ def query(
                 disagreement=disagreement,
                 limit=limit,
             )
-            return [frame async for frame in found]
+            frames = [frame async for frame in found]
+            if not frames:
+                await check_known(storage, model)
+            return frames
 
     frames = run(work())
     if as_json:
@@ -144,4 +149,7 @@ def _plain(frame: StoredFrame) -> dict[str, object]:
         plain["failure_reason"] = frame.failure_reason
     if frame.annotation is not None:
         plain["annotation"] = said(frame.annotation)
-    return {**plain, "labels": dict(frame.labels)}
+    labels = dict(frame.labels)
+    if "source" in labels:  # the file's name, of which a label takes ASCII alone
+        labels["source"] = unquote(labels["source"])
+    return {**plain, "labels": labels}

@@ -76,6 +76,9 @@ def optimise(
             output.write_bytes(made.bundle)
             console.print(f"{output}: {len(made.bundle):,} bytes")
             return
+        if all(one.refused for one in made.measured if one.name not in bundle.manifest.artefacts):
+            console.print("nothing to publish: none of them says the same")
+            return
         new = await publish(made.bundle)
         console.print(f"{name} version {new.version} published: {new.digest}", soft_wrap=True)
 

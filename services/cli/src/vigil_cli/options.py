@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Annotated, TypeVar
 
@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from vigil_client import Failure, ServiceError
+from vigil_client import Failure, ServiceError, StorageClient
 from vigil_common.bundle import NAME
-from vigil_common.errors import VigilError
+from vigil_common.errors import NotFound, VigilError
 
 from vigil_cli.sources import SourceError
 
@@ -75,7 +75,7 @@ DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"
 
 
-_UP = "is the platform up there? On this machine: `vigil local up`, and here `source out/local/env`"
+UP = "is the platform up there? On this machine: `vigil local up`, and here `source out/local/env`"
 _HINTS = {
     "TOKEN_MISSING": "give it by --token or VIGIL_TOKEN",
     "TOKEN_UNKNOWN": "see --token and VIGIL_TOKEN",
@@ -85,8 +85,19 @@ _HINTS = {
 def hint(failure: Failure) -> str:
     """What to do next, where there is something to say."""
     if failure.code == "UNAVAILABLE" and not failure.reason:
-        return _UP
+        return UP
     return _HINTS.get(failure.reason, "")
+
+
+async def check_known(storage: StorageClient, model: str) -> None:
+    """Where nothing was found: whether there is such a model at all.
+
+    Raises:
+        NotFound: UNKNOWN_MODEL.
+    """
+    with suppress(ServiceError):  # who may look at frames need not be allowed to list models
+        if not await storage.models_list(model):
+            raise NotFound("UNKNOWN_MODEL", f"no model is called {model}; `vigil model list` shows them")
 
 
 def say_error(text: str) -> None:

@@ -18,6 +18,7 @@ from vigil_cli.options import (
     StorageAddress,
     Token,
     Until,
+    check_known,
     console,
     run,
 )
@@ -81,6 +82,8 @@ def replay(
                 async for result in client.stream(dead(storage)):
                     progress.advance(task)
                     results.append(result)
+            if not results:
+                await check_known(storage, model)
             return results
 
     results = run(work())

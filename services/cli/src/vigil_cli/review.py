@@ -18,7 +18,7 @@ from vigil_common.errors import Unavailable
 from vigil_common.grpc.workers import worker_address
 
 from vigil_cli.annotate import Author, login
-from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, console, errors, run
+from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, check_known, console, errors, run
 from vigil_cli.sources import SourceError
 
 _PREDICT_S = 30.0
@@ -69,6 +69,8 @@ def review(
                 items = await storage.frames_review_queue(
                     model, name, camera=camera, size=size, again=again, peek=program is None
                 )
+                if not items:
+                    await check_known(storage, model)
                 todo = [item.frame.frame_id for item in items]
                 if program is None or not items:
                     _show(items)

@@ -27,7 +27,7 @@ from vigil_operator.spec import GROUP, PLURAL
 
 from vigil_cli import INTERRUPTED
 from vigil_cli.local.resources import ResourceFiles
-from vigil_cli.options import DEFAULT_STORAGE, AsJson, StorageAddress, Token, console, run
+from vigil_cli.options import DEFAULT_STORAGE, UP, AsJson, StorageAddress, Token, console, errors, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,6 +113,12 @@ def _get(name: str) -> dict[str, Any]:
     return run(work())
 
 
+def _say_where_nobody_looks(where: Resources) -> None:
+    """What is shown is of the last time that a platform ran, and what is asked for waits for the next."""
+    if isinstance(where, ResourceFiles) and not where.looked_after():
+        errors.print(f"no platform runs in {where.folder}: {UP}", soft_wrap=True)
+
+
 def _version(status: dict[str, Any], role: str) -> str:
     return str(status.get(role, {}).get("version", "-"))
 
@@ -142,6 +148,7 @@ def status(
         names = [name] if name else await asyncio.to_thread(_where.names)
         return [await asyncio.to_thread(_where.get, each) for each in names]
 
+    _say_where_nobody_looks(_where)
     found = run(work())
     if as_json:
         for body in found:
@@ -185,6 +192,8 @@ async def _request(name: str, verb: str, role: str, deadline_s: float = REQUEST_
     """
     body = await asyncio.to_thread(_where.get, name)
     digest = body.get("status", {}).get(role, {}).get("digest", "-") if role else "-"
+    if isinstance(_where, ResourceFiles) and not _where.looked_after():
+        raise Unavailable("NO_ANSWER", f"no platform runs in {_where.folder}: {UP}")
     text = f"{verb} {digest} {uuid.uuid4().hex[:12]}"
     await asyncio.to_thread(_where.patch, name, {"metadata": {"annotations": {REQUEST_ANNOTATION: text}}})
     deadline = time.monotonic() + deadline_s
@@ -412,8 +421,13 @@ def apply_(
     """Ask for what a YAML file says; the same file works with kubectl."""
 
     async def work() -> list[str]:
-        return await asyncio.to_thread(lambda: ResourceFiles(folder).apply(file.read_text()))
+        try:
+            text = await asyncio.to_thread(file.read_text, "utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidInput("RESOURCE_INVALID", f"{file} is not UTF-8: {error.reason}") from error
+        return await asyncio.to_thread(ResourceFiles(folder).apply, text)
 
+    _say_where_nobody_looks(ResourceFiles(folder))
     for name in run(work()):
         console.print(f"anomalymodel/{name} applied")
 
@@ -425,5 +439,6 @@ def delete(name: Name, *, folder: Folder = FOLDER) -> None:
     async def work() -> None:
         await asyncio.to_thread(ResourceFiles(folder).delete, name)
 
+    _say_where_nobody_looks(ResourceFiles(folder))
     run(work())
     console.print(f"anomalymodel/{name} deleted")

@@ -14,7 +14,7 @@ from vigil_client import StorageClient
 from vigil_cli.evaluation.dataset import Item, read_dataset
 from vigil_cli.export import Format, write_export
 from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, check_name, console, run, told
-from vigil_cli.sources import find_images
+from vigil_cli.sources import SourceError, find_images
 
 # Fewer than these say too little of where the threshold belongs.
 FEW_ANOMALOUS = 10
@@ -53,10 +53,10 @@ class TrainingSet:
         Raises:
             SourceError: No image in a folder.
         """
-        items = read_dataset(abnormal) if abnormal else []
+        items = _of_one_kind(abnormal, anomalous=True) if abnormal else []
         known = {path.stem.removesuffix("_mask"): path for path in find_images(masks)} if masks else {}
         items = [replace(item, mask=known.get(item.path.stem, item.mask)) for item in items]
-        good = tuple(item.path for item in read_dataset(normal)) if normal else ()
+        good = tuple(item.path for item in _of_one_kind(normal, anomalous=False)) if normal else ()
         return cls._with_masks(good, items)
 
     @classmethod
@@ -68,6 +68,23 @@ class TrainingSet:
         shift = len(self.abnormal)
         masks = self.masks | {shift + place: mask for place, mask in other.masks.items()}
         return TrainingSet(self.normal + other.normal, self.abnormal + other.abnormal, masks)
+
+
+def _of_one_kind(folder: Path, *, anomalous: bool) -> list[Item]:
+    """Images of a folder that was named as one of their kind.
+
+    Raises:
+        SourceError: No image there, or folders below it say otherwise.
+    """
+    items = read_dataset(folder)
+    others = [item for item in items if item.anomalous is (not anomalous)]
+    if others:
+        kinds = ("anomalous", "normal") if anomalous else ("normal", "anomalous")
+        what = f"{len(others)} images of the {kinds[0]} folder {folder} are {kinds[1]} by their folders' names"
+        raise SourceError(
+            f"{what}, such as {others[0].name}; name the folder of one kind, or give `vigil train {folder}`"
+        )
+    return items
 
 
 class Trainer(Enum):

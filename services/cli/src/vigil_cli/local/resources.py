@@ -5,6 +5,7 @@ FOLDER/resources/NAME.json is a resource as commands write it, NAME.status.json 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -32,7 +33,19 @@ class ResourceFiles:
     """Resources in a folder; each change replaces a file, so a reader never sees half of one."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._folder = folder / "resources"
+
+    def looked_after(self) -> bool:
+        """Whether a platform runs in the folder: it holds the lock, see `LocalStack`."""
+        try:
+            with (self.folder / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def names(self) -> list[str]:
         """Every resource."""
