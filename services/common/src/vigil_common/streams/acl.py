@@ -69,7 +69,7 @@ USERS: dict[str, tuple[Grant, ...]] = {
         Grant("eval evalsha", "frames budget frame:*"),
         Grant("xadd", "frames"),
         Grant("hmget hset expire", "budget frame:*"),
-        Grant("xread xtrim", "replies:*"),
+        Grant("exists xread xtrim", "replies:*"),
     ),
     "inference": (
         _GROUPS,
