@@ -237,3 +237,11 @@ def test_status_says_why_a_rollout_stands_still_and_where_live_decides(
     assert "second: ModelTaken: first has model cells already" in every
     assert "first: " not in every
     assert "live decides at 0.7" in CliRunner().invoke(app, ["status", "first"]).output
+
+
+def test_two_services_never_get_one_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been chosen is free until its owner listens; the other would take its place and pass for it."""
+    free = iter([7001, 7001, 7001, 7002])
+    monkeypatch.setattr("vigil_cli.local.stack.free_port", lambda _=0: next(free))
+    stack = LocalStack(tmp_path)
+    assert [stack._bind(name) for name in ("storage", "ingest")] == ["127.0.0.1:7001", "127.0.0.1:7002"]

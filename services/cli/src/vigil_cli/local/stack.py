@@ -274,9 +274,13 @@ class LocalStack:
 
     def _bind(self, name: str) -> str:
         if name not in self._ports:
-            self._ports[name] = free_port(self._ports_before.get(name, 0))
-            # Kept for the next time, so that addresses in other terminals and bookmarks stay good.
-            (self.folder / "ports.json").write_text(json.dumps(self._ports))
+            port = free_port(self._ports_before.get(name, 0))
+            while port in self._ports.values():  # chosen before its owner listens, so that it still counts as free
+                port = free_port()
+            self._ports[name] = port
+            # Kept for the next time, so that addresses in other terminals and bookmarks stay good; also of what does not
+            # come up this time.
+            (self.folder / "ports.json").write_text(json.dumps({**self._ports_before, **self._ports}))
         return f"127.0.0.1:{self._ports[name]}"
 
     def _add(self, name: str, command: list[str], env: dict[str, str]) -> None:
