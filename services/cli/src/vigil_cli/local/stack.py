@@ -278,8 +278,8 @@ class LocalStack:
             while port in self._ports.values():  # chosen before its owner listens, so that it still counts as free
                 port = free_port()
             self._ports[name] = port
-            # Kept for the next time, so that addresses in other terminals and bookmarks stay good; also of what does not
-            # come up this time.
+            # Kept for the next time, so that addresses in other terminals and bookmarks stay good, also where it is
+            # stopped before all are chosen.
             (self.folder / "ports.json").write_text(json.dumps({**self._ports_before, **self._ports}))
         return f"127.0.0.1:{self._ports[name]}"
 
