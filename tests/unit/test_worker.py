@@ -159,6 +159,10 @@ class Bench:
         """What shadow has been told."""
         return await self.streams.verdicts(M, "v").read("0-0", count=100, block_ms=0)
 
+    async def admit_many(self, count: int) -> None:
+        for index in range(count):
+            await self.admit(f"f{index}")
+
     async def promote(self, digest: str = VERSION.digest, threshold: float | None = None) -> None:
         await self.streams.routing.promote(M, version=2, digest=digest, threshold=threshold)
 
@@ -321,8 +325,7 @@ async def test_what_a_candidate_can_not_judge_is_told_to_shadow_and_dead_for_nob
 async def test_a_promoted_candidate_goes_on_as_live_with_every_frame_live_had_left() -> None:
     bench = Bench()
     await bench.compare()
-    for index in range(3):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(3)
     async with working(bench):
         await bench.until(lambda: len(bench.shadow.emitted) == 3)
         assert bench.pipeline.aside
@@ -350,8 +353,7 @@ async def test_lives_frames_do_not_wait_for_the_read_of_a_candidate_that_is_prom
 async def test_no_more_than_prefetch_is_ever_in_hand() -> None:
     bench = Bench(prefetch=3)
     bench.pipeline.let.clear()
-    for index in range(10):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(10)
     await bench.promote()
     async with working(bench):
         await bench.until(lambda: bench.pipeline.running == 3)
@@ -365,8 +367,7 @@ async def test_no_more_than_prefetch_is_ever_in_hand() -> None:
 
 async def test_with_much_to_do_half_a_hand_is_read_at_once() -> None:
     bench = Bench(prefetch=4)
-    for index in range(20):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(20)
     judge, turn = bench.pipeline.judge, asyncio.Lock()
 
     async def one_by_one(image: bytes, *, pictures: bool) -> Judged:
@@ -384,8 +385,7 @@ async def test_with_much_to_do_half_a_hand_is_read_at_once() -> None:
 async def test_what_is_ready_together_is_emitted_together() -> None:
     bench = Bench(prefetch=4)
     bench.pipeline.let.clear()
-    for index in range(4):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(4)
     await bench.promote()
     async with working(bench):
         await bench.until(lambda: bench.pipeline.running == 4)
@@ -541,8 +541,7 @@ async def test_large_pictures_leave_one_at_a_time_and_nothing_is_read_beside_man
     monkeypatch.setattr(module, "OUTBOX_BYTES", 1)
     bench = Bench(prefetch=4)
     bench.source.away = True
-    for index in range(6):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(6)
     await bench.promote()
     async with working(bench):
         await bench.until(lambda: bool(bench.streams.state(M).pending) and not bench.pipeline.running)
@@ -557,8 +556,7 @@ async def test_large_pictures_leave_one_at_a_time_and_nothing_is_read_beside_man
 async def test_verdicts_wait_for_redis_and_are_not_made_again() -> None:
     bench = Bench(claim_idle_ms=15)
     bench.source.away = True
-    for index in range(3):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(3)
     await bench.promote()
     async with working(bench):
         await bench.until(lambda: bench.source.claims > 3)
@@ -572,8 +570,7 @@ async def test_verdicts_that_can_not_leave_stop_the_reading(monkeypatch: pytest.
     monkeypatch.setattr(module, "OUTBOX_AT_MOST", 4)
     bench = Bench(prefetch=2)
     bench.source.away = True
-    for index in range(20):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(20)
     await bench.promote()
     async with working(bench):
         await bench.until(lambda: len(bench.pipeline.judged) >= 4)
@@ -586,8 +583,7 @@ async def test_verdicts_that_can_not_leave_stop_the_reading(monkeypatch: pytest.
 async def test_stopping_finishes_what_is_in_hand_and_takes_no_more() -> None:
     bench = Bench(prefetch=2)
     bench.pipeline.let.clear()
-    for index in range(6):
-        await bench.admit(f"f{index}")
+    await bench.admit_many(6)
     await bench.promote()
     async with working(bench) as task:
         await bench.until(lambda: bench.pipeline.running == 2)

@@ -227,16 +227,13 @@ class Reconciler:
                 detail=error.message,
             )
             refused = isinstance(error, InvalidInput)
-            if isinstance(action, Emit):
-                return
-            if refused and isinstance(action, EnsureWorkers):
+            if isinstance(action, EnsureWorkers) and refused:
                 trouble.refused[action.digest] = error.message
             elif isinstance(action, WriteRoute | KeepFraction):
                 trouble.away["Routing"] = error.message
-            elif error.reason == NAME_TAKEN or refused:
-                trouble.away[NAME_TAKEN if error.reason == NAME_TAKEN else REFUSED] = error.message
-            else:
-                trouble.away["Cluster"] = error.message
+            elif not isinstance(action, Emit):
+                part = NAME_TAKEN if error.reason == NAME_TAKEN else REFUSED if refused else "Cluster"
+                trouble.away[part] = error.message
 
     async def _do(self, resource: Resource, action: Action) -> None:
         match action:

@@ -113,10 +113,16 @@ def _get(name: str) -> dict[str, Any]:
     return run(work())
 
 
-def _say_where_nobody_looks(where: Resources) -> None:
-    """What is shown is of the last time that a platform ran, and what is asked for waits for the next."""
+def _nobody_looks(where: Resources) -> str:
+    """That what is asked for waits until a platform runs, and what is shown is of the last time; else nothing."""
     if isinstance(where, ResourceFiles) and not where.looked_after():
-        errors.print(f"no platform runs in {where.folder}: {UP}", soft_wrap=True)
+        return f"no platform runs in {where.folder}: {UP}"
+    return ""
+
+
+def _warn(where: Resources) -> None:
+    if why := _nobody_looks(where):
+        errors.print(why, soft_wrap=True)
 
 
 def _version(status: dict[str, Any], role: str) -> str:
@@ -148,7 +154,7 @@ def status(
         names = [name] if name else await asyncio.to_thread(_where.names)
         return [await asyncio.to_thread(_where.get, each) for each in names]
 
-    _say_where_nobody_looks(_where)
+    _warn(_where)
     found = run(work())
     if as_json:
         for body in found:
@@ -192,8 +198,8 @@ async def _request(name: str, verb: str, role: str, deadline_s: float = REQUEST_
     """
     body = await asyncio.to_thread(_where.get, name)
     digest = body.get("status", {}).get(role, {}).get("digest", "-") if role else "-"
-    if isinstance(_where, ResourceFiles) and not _where.looked_after():
-        raise Unavailable("NO_ANSWER", f"no platform runs in {_where.folder}: {UP}")
+    if why := _nobody_looks(_where):
+        raise Unavailable("NO_ANSWER", why)
     text = f"{verb} {digest} {uuid.uuid4().hex[:12]}"
     await asyncio.to_thread(_where.patch, name, {"metadata": {"annotations": {REQUEST_ANNOTATION: text}}})
     deadline = time.monotonic() + deadline_s
@@ -427,7 +433,7 @@ def apply_(
             raise InvalidInput("RESOURCE_INVALID", f"{file} is not UTF-8: {error.reason}") from error
         return await asyncio.to_thread(ResourceFiles(folder).apply, text)
 
-    _say_where_nobody_looks(ResourceFiles(folder))
+    _warn(ResourceFiles(folder))
     for name in run(work()):
         console.print(f"anomalymodel/{name} applied")
 
@@ -439,6 +445,6 @@ def delete(name: Name, *, folder: Folder = FOLDER) -> None:
     async def work() -> None:
         await asyncio.to_thread(ResourceFiles(folder).delete, name)
 
-    _say_where_nobody_looks(ResourceFiles(folder))
+    _warn(ResourceFiles(folder))
     run(work())
     console.print(f"anomalymodel/{name} deleted")

@@ -119,8 +119,8 @@ class Worker:
         self._role = Role.IDLE
         self._working = asyncio.Event()
         self._promoted = asyncio.Event()
-        self._in_hand: dict[tuple[Role, str], asyncio.Task[None]] = {}
-        self._since: dict[tuple[Role, str], float] = {}
+        # What is judged now, and since when; the oldest first.
+        self._in_hand: dict[tuple[Role, str], tuple[asyncio.Task[None], float]] = {}
         self._outbox: list[tuple[Role, Emission]] = []
         self._outgoing = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -161,7 +161,7 @@ class Worker:
         # A read is let end, within BLOCK_MS: frames that Redis has handed out already would wait for a claim.
         await asyncio.wait([reader])
         if self._in_hand:
-            await asyncio.wait(self._in_hand.values(), timeout=DRAIN_S)
+            await asyncio.wait([task for task, _ in self._in_hand.values()], timeout=DRAIN_S)
         emptied = asyncio.create_task(self._emptied.wait())
         await asyncio.wait((emptied, emitter), timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
         if self._outbox:
@@ -260,7 +260,7 @@ class Worker:
         if role is Role.IDLE:
             return
         idle_ms = max(self._claim_idle_ms, int(PATIENCE * self._prefetch * self._frame_s * 1000))
-        oldest = min(self._since.values(), default=math.inf)
+        oldest = next((since for _, since in self._in_hand.values()), math.inf)
         if time.monotonic() - oldest > max(HUNG_S, HUNG_TIMES * idle_ms / 1000):
             raise RuntimeError("a run of the model does not end")
         # Our own, slow or waiting to be emitted.
@@ -271,8 +271,8 @@ class Worker:
             self._take(role, frame)
 
     def _take(self, role: Role, frame: QueuedFrame) -> None:
-        self._since[role, frame.entry_id] = time.monotonic()
-        self._in_hand[role, frame.entry_id] = asyncio.create_task(self._process(role, frame))
+        task = asyncio.create_task(self._process(role, frame))
+        self._in_hand[role, frame.entry_id] = (task, time.monotonic())
 
     async def _process(self, role: Role, frame: QueuedFrame) -> None:
         read_us = time.time_ns() // 1000
@@ -295,7 +295,7 @@ class Worker:
             log.exception("run_failed", frame_id=header.frame_id, detail=str(error))
             FRAMES.labels("run_failed").inc()
             emission = None
-        del self._in_hand[role, frame.entry_id], self._since[role, frame.entry_id]
+        del self._in_hand[role, frame.entry_id]
         self._room.release()
         if emission:
             self._outbox.append((role, emission))

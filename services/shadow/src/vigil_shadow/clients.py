@@ -37,8 +37,9 @@ QUICK_S = 0.5
 LATE_MS = 3_600_000
 # Statuses that may pass by themselves; the worker is busy, or a part is away.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
-log = get_logger()
 LABELS = {types_pb2.LABEL_NORMAL: False, types_pb2.LABEL_ANOMALOUS: True}
+
+log = get_logger()
 
 
 @contextmanager
@@ -102,9 +103,6 @@ class _Counted:
     took_s: float
 
 
-_NOTHING = _Counted((0, 0), 0.0, 0.0)
-
-
 class StorageReviews:
     """What people said of the disagreements that storage has.
 
@@ -135,7 +133,7 @@ class StorageReviews:
             await asyncio.shield(look)  # whoever gives up, it goes on
         else:
             await asyncio.wait((look,), timeout=QUICK_S)
-        return self._known.get(key, known or _NOTHING).counts
+        return self._known[key].counts
 
     def _looked(self, key: tuple[str, str], done: asyncio.Task[None]) -> None:
         del self._looks[key]
