@@ -145,14 +145,17 @@ class RedisFrameSource:
         """New frames for this consumer; fewer after a read that took too long, for what it was to bring is claimed."""
         asked = min(count, self._at_most)
         try:
-            entries = await self._connection.read_group(
-                self._model, "frames", self.group, self._consumer, after=">", count=asked, block_ms=block_ms
-            )
+            entries = await self._fetch(asked, block_ms)
         except Unavailable:
             self._at_most = max(1, asked // 2)
             raise
         self._at_most = min(READ_AT_MOST, 2 * self._at_most)
         return [_frame(entry_id, fields) for entry_id, fields in entries]
+
+    async def _fetch(self, count: int, block_ms: int) -> list[tuple[bytes, list[bytes]]]:
+        return await self._connection.read_group(
+            self._model, "frames", self.group, self._consumer, after=">", count=count, block_ms=block_ms
+        )
 
     async def claim(self, *, min_idle_ms: int, count: int, held: Collection[str] = ()) -> list[QueuedFrame]:
         """Frames that a consumer left; fetched one by one, for all at once may be more than a slow line carries."""
@@ -210,8 +213,8 @@ class RedisCandidateSource(RedisFrameSource):
         super().__init__(connection, model, consumer, 0)
         self._digest = digest
 
-    async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
-        """New frames for this consumer; none where the comparison has just ended."""
+    async def _fetch(self, count: int, block_ms: int) -> list[tuple[bytes, list[bytes]]]:
+        """Nothing where the comparison has just ended."""
         try:
             reply = await self._connection.command(
                 *("XREADGROUP", "GROUP", SHADOW, self._consumer, "COUNT", count, "BLOCK", max(1, block_ms)),
@@ -223,7 +226,7 @@ class RedisCandidateSource(RedisFrameSource):
             # The route, which made the group, is about to say so; until then this must not spin.
             await asyncio.sleep(block_ms / 1000)
             return []
-        return [_frame(entry_id, fields) for entry_id, fields in entries_of(reply)]
+        return entries_of(reply)
 
     async def emit(self, emissions: Sequence[Emission]) -> list[bool]:
         """Outcome for shadow and acknowledgement in one step."""
