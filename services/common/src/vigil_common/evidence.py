@@ -1,11 +1,16 @@
 """Whether a candidate may replace the live version: a pure function of what was counted and what was asked.
 
-Every gate passes, fails, or is inconclusive. A fraction passes once its one-sided upper bound (Clopper-Pearson, 95 %)
-is within the limit, and fails once its lower bound is over it: with the default gates ten lucky frames pass nothing,
-and one unlucky frame fails nothing. The bounds are exact, since one or two frames decide a limit of 0.1 %, where
-approximations are wrong. No fraction is judged before it is one of `min_frames` frames, or of `min_anomalous` that live
-calls anomalous, since the bounds hold for one look and not for a look at each frame. Overall it is a pass only where
-every gate passes; too little evidence is never a pass.
+Every gate passes, fails, or is inconclusive. A fraction passes once its upper bound is within the limit, and fails once
+its lower bound is over it: with the default gates ten lucky frames pass nothing, and one unlucky frame fails nothing.
+A rollout looks again with each frame, so the bounds hold at all times: a candidate at the limit is ever within it, were
+it looked at without end, in one of twenty cases at most, and likewise ever over it. (Bounds of one look, such as
+Clopper-Pearson's, are wrong far more often where any of many looks decides.) They are exact, since one or two frames
+decide a limit of 0.1 %. No fraction is judged before it is one of `min_frames` frames, or of `min_anomalous` that live
+calls anomalous: the first that come may be all of one kind. Overall it is a pass only where every gate passes; too
+little evidence is never a pass.
+
+The bounds invert a test by likelihood ratio (Robbins 1970, "Statistical methods related to the law of the iterated
+logarithm"; Ville's inequality says how often it ever reaches `EVIDENCE`).
 """
 
 from __future__ import annotations
@@ -18,6 +23,9 @@ from dataclasses import dataclass
 from vigil_common.errors import InvalidInput
 
 CONFIDENCE = 0.95
+# How many times as likely what was found must be, as weighted over better candidates, as of one at the limit.
+EVIDENCE = 1 / (1 - CONFIDENCE)
+_PRECISION = 1e-7
 
 
 class Outcome(enum.Enum):
@@ -142,38 +150,42 @@ class Decision:
 
 
 def fraction_low(count: int, trials: int) -> float:
-    """One-sided lower bound of a fraction: up to it, `count` or more of `trials` are a chance of 5 % or less."""
-    if count <= 0:
-        return 0.0
-    low, high = 0.0, count / trials
-    while low < (middle := (low + high) / 2) < high:
-        if _upper_tail(count, trials, middle) <= 1 - CONFIDENCE:
-            low = middle
-        else:
-            high = middle
-    return low
+    """One-sided lower bound of a fraction at `CONFIDENCE`, however often one looks; 0 where nothing was tried."""
+    return 1.0 - fraction_high(trials - count, trials)
 
 
 def fraction_high(count: int, trials: int) -> float:
-    """One-sided upper bound of a fraction; 1 where nothing was tried."""
-    return 1.0 - fraction_low(trials - count, trials)
+    """One-sided upper bound of a fraction at `CONFIDENCE`, however often one looks; 1 where nothing was tried."""
+    low, high = count / trials if trials else 1.0, 1.0
+    while high - low > high * _PRECISION:
+        middle = (low + high) / 2
+        if within(middle, count, trials):
+            high = middle
+        else:
+            low = middle
+    return high
 
 
-def _upper_tail(count: int, trials: int, fraction: float) -> float:
-    """Probability of at least `count` of `trials`, where that is no less than what is expected.
+def within(limit: float, count: int, trials: int) -> bool:
+    """Whether `count` of `trials` show that their fraction is under a limit between 0 and 1.
 
-    From there on each term is smaller than the one before, so that few count: some 4,000 at most for a million trials.
+    Half of the weight is on a fraction of 0, which most candidates have where a limit is small; the other half is
+    spread evenly from there to the limit. Over that half, the ratio of likelihoods is a binomial tail from `count` + 1
+    of `trials` + 1 on over its first term, by `count` + 1.
     """
-    ways = math.lgamma(trials + 1) - math.lgamma(count + 1) - math.lgamma(trials - count + 1)
-    term = math.exp(ways + count * math.log(fraction) + (trials - count) * math.log1p(-fraction))
-    odds = fraction / (1 - fraction)
-    total = 0.0
-    for found in range(count, trials + 1):
+    need = 2 * EVIDENCE
+    if count == 0:
+        need -= math.exp(min(-trials * math.log1p(-limit), math.log(need)))
+    need *= count + 1
+    odds = limit / (1 - limit)
+    total = term = 1.0
+    for found in range(count + 1, trials + 1):
+        term *= odds * (trials + 1 - found) / (found + 1)
         total += term
-        if term <= total * 1e-17:
+        # From the peak on, each term is smaller than the one before by more and more.
+        if total >= need or term <= total * 1e-17:
             break
-        term *= odds * (trials - found) / (found + 1)
-    return total
+    return total >= need
 
 
 def binomial_tail(count: int, trials: int) -> float:
@@ -197,15 +209,12 @@ def mcnemar(candidate_right: int, live_right: int) -> float:
 def median_bounds(cumulative: list[int]) -> tuple[int, int, int]:
     """Bins of the median and of its one-sided lower and upper bounds, from a histogram's running totals.
 
-    The bounds are order statistics, exact whatever the distribution; of fewer than five values, the least and greatest.
+    The bounds are order statistics, exact whatever the distribution and however often one looks; of fewer than five
+    values, the least and greatest.
     """
     total = cumulative[-1]
-
-    def chance(below: int) -> float:
-        return _upper_tail(total - below, total, 0.5)
-
-    # A rank is over the median if fewer values than that are under it, each by a fair coin.
-    rank = max(1, bisect.bisect(range(total // 2), 1 - CONFIDENCE, key=chance))
+    # So few values below it show that less than half of all are.
+    rank = max(1, bisect.bisect(range(total // 2), x=False, key=lambda below: not within(0.5, below, total)))
 
     def bin_of(rank: int) -> int:
         return next(index for index, count in enumerate(cumulative) if count >= rank)
@@ -317,7 +326,10 @@ def _latency(limit: float, numbers: ReportNumbers, *, waits_for: str) -> GateRes
 
 
 def _people(numbers: ReportNumbers) -> GateResult:
-    """Live right significantly more often fails; live right more often by what may be chance holds."""
+    """Live right significantly more often fails; live right more often by what may be chance holds.
+
+    The test is of one look, so that of many some reject a candidate as good as live; none lets a worse one pass.
+    """
     candidate, live = numbers.candidate_right, numbers.live_right
     p = mcnemar(candidate, live)
     limit = 1 - CONFIDENCE
