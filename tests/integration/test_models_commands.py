@@ -69,7 +69,7 @@ async def test_a_version_is_published_shown_fetched_verified_promoted_and_deprec
 
 
 async def test_a_stream_that_is_interrupted_says_what_came_back(tmp_path: Path) -> None:
-    cell = tmp_path / "cell.png"
+    cell = tmp_path / "Zelle 1 \u00fc.png"
     cell.write_bytes(load_cells().defective[0])
     async with LocalStack(tmp_path / "stack") as stack, StorageClient(stack.storage_address) as storage:
         await storage.models_publish(trained_bundle(), name=MODEL)
@@ -82,6 +82,11 @@ async def test_a_stream_that_is_interrupted_says_what_came_back(tmp_path: Path) 
             assert "anomalous" in (await streaming.stdout.readline()).decode()
         streaming.send_signal(signal.SIGINT)
         said = (await streaming.communicate())[0].decode()
+        async with asyncio.timeout(30):
+            while "like that" in await commands.run("frames", "query", MODEL, "--label", f"source={cell}"):
+                await asyncio.sleep(0.5)
+        assert "is like that" in await commands.run("frames", "query", MODEL, "--label", "source=cell.png")
+        assert "NAME=VALUE" in await commands.run("frames", "query", MODEL, "--label", "source", fails=True)
     assert streaming.returncode not in (0, None)
     assert "Traceback" not in said
     assert "median latency" in said

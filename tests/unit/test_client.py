@@ -337,6 +337,23 @@ async def test_submit_retries_and_can_stop_at_acceptance(server: Server) -> None
 
 
 @pytest.mark.parametrize("streams", [True, False])
+async def test_a_frame_that_nobody_judges_is_accepted_and_said_to_wait(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, *, streams: bool
+) -> None:
+    monkeypatch.setattr("vigil_client.client._LONG_S", 0.1)
+    late = _status(code_pb2.DEADLINE_EXCEEDED, "VERDICT_TIMEOUT", 0.1)
+    server.ingest.troubles = {"f-0": [late] * 100}
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", max_retry_s=0.6) as client:
+        (frame,) = _frames(1)
+        (result,) = [one async for one in client.stream([frame])] if streams else [await client.submit(frame)]
+    assert result.error is not None
+    assert (result.error.reason, result.accepted) == ("VERDICT_TIMEOUT", True)
+    said = [record.getMessage() for record in caplog.records if record.name == "vigil_client"]
+    assert len(said) == 1
+    assert said[0].startswith("VERDICT_TIMEOUT, trying for up to 1 s: ")
+
+
+@pytest.mark.parametrize("streams", [True, False])
 async def test_that_nobody_answers_is_said_while_it_is_tried_again(
     caplog: pytest.LogCaptureFixture, *, streams: bool
 ) -> None:

@@ -400,6 +400,30 @@ async def test_queries_ask_what_people_say_and_where_the_versions_disagree(bench
     assert await bench.query(disagreement=False) == ["f1", "f2"]
 
 
+async def test_queries_ask_for_labels_that_clients_gave(bench: Bench) -> None:
+    given: list[dict[str, str]] = [{"lot": "7"}, {"lot": "07"}, {"lot": "7", "source": "a/b%20c.png"}]
+    frames = [frame(number) for number in range(3)]
+    await bench.frames.write([replace(one, labels=one.labels | more) for one, more in zip(frames, given, strict=True)])
+    assert await bench.query(labels={"lot": "7"}) == ["f0", "f2"]
+    assert await bench.query(labels={"lot": "07"}) == ["f1"]
+    assert await bench.query(labels={"lot": "7", "source": "a/b%20c.png"}) == ["f2"]
+    assert await bench.query(labels={"line": "7"}) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ({"human": "normal"}, "label human is Vigil's own; a client's label of that name is stored as client_human"),
+        ({"a&b": "1"}, "label names are 1 to 64 of a-z, 0-9 and _"),
+        ({f"n{number}": "1" for number in range(33)}, "at most 32 labels, this asks for 33"),
+    ],
+)
+async def test_labels_that_no_client_can_give_are_refused(bench: Bench, labels: dict[str, str], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says) as refused:
+        await bench.query(labels=labels)
+    assert refused.value.reason == "LABEL_INVALID"
+
+
 async def test_the_queue_gives_disagreements_then_what_is_near_the_threshold_then_chance(bench: Bench) -> None:
     await bench.frames.write([frame(n, score=n / 100) for n in range(100)])
     away = [Labelling("cells/cam1", T0 + n * 100_000, {"agree": "false"}) for n in (3, 90)]

@@ -1,6 +1,7 @@
 """`vigil frames`: what is stored."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import unquote
@@ -24,6 +25,7 @@ from vigil_cli.options import (
     told,
 )
 from vigil_cli.replay import replay
+from vigil_cli.sources import SOURCE, source_label
 
 app = typer.Typer(help="Stored frames.", no_args_is_help=True)
 app.command()(replay)
@@ -48,12 +50,19 @@ def query(
     disagreement: Annotated[
         bool | None, typer.Option("--disagreement/--agreement", help="Only where live and candidate differ, or agree.")
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Only what was sent with this label, such as source=FILE; again for more."
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
     storage_address: StorageAddress = DEFAULT_STORAGE,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """List stored frames, oldest first."""
+    labels = _labels(label or [])
 
     async def work() -> list[StoredFrame]:
         async with StorageClient(storage_address, token=token) as storage:
@@ -70,6 +79,7 @@ def query(
                 human_label=human,
                 reviewed=reviewed,
                 disagreement=disagreement,
+                labels=labels,
                 limit=limit,
             )
             frames = [frame async for frame in found]
@@ -129,6 +139,16 @@ def get(
     typer.echo(json.dumps({**_plain(found.frame), **history}, indent=2))
 
 
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in given:
+        name, is_one, value = text.partition("=")
+        if not (name and is_one and value):
+            raise typer.BadParameter(f"{text} is not NAME=VALUE", param_hint="--label")
+        found[name] = source_label(value) if name == SOURCE else value
+    return found
+
+
 def _people(frame: StoredFrame) -> str:
     return f"{frame.annotation.label.value} ({frame.annotation.author})" if frame.annotation else "-"
 
@@ -150,6 +170,6 @@ def _plain(frame: StoredFrame) -> dict[str, object]:
     if frame.annotation is not None:
         plain["annotation"] = said(frame.annotation)
     labels = dict(frame.labels)
-    if "source" in labels:  # the file's name, of which a label takes ASCII alone
-        labels["source"] = unquote(labels["source"])
+    if SOURCE in labels:
+        labels[SOURCE] = unquote(labels[SOURCE])
     return {**plain, "labels": labels}

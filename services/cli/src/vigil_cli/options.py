@@ -6,6 +6,7 @@ import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -75,17 +76,26 @@ DEFAULT_INGEST = "localhost:50051"
 DEFAULT_STORAGE = "localhost:50053"
 
 
-UP = "is the platform up there? On this machine: `vigil local up`, and here `source out/local/env`"
+# The local platform's, and what names another.
+FOLDER, FOLDER_VARIABLE = Path("out/local"), "VIGIL_LOCAL"
 _HINTS = {
     "TOKEN_MISSING": "give it by --token or VIGIL_TOKEN",
     "TOKEN_UNKNOWN": "see --token and VIGIL_TOKEN",
+    "VERDICT_TIMEOUT": "what is accepted is judged and stored once a worker of the live version is up: `vigil status` "
+    "shows where an AnomalyModel's are",
 }
+
+
+def start_it() -> str:
+    """What to do where no platform answers."""
+    folder = os.environ.get(FOLDER_VARIABLE, FOLDER)
+    return f"is the platform up there? On this machine: `vigil local up`, and here `source {folder}/env`"
 
 
 def hint(failure: Failure) -> str:
     """What to do next, where there is something to say."""
     if failure.code == "UNAVAILABLE" and not failure.reason:
-        return UP
+        return start_it()
     return _HINTS.get(failure.reason, "")
 
 

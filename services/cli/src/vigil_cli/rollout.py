@@ -27,12 +27,22 @@ from vigil_operator.spec import GROUP, PLURAL
 
 from vigil_cli import INTERRUPTED
 from vigil_cli.local.resources import ResourceFiles
-from vigil_cli.options import DEFAULT_STORAGE, UP, AsJson, StorageAddress, Token, console, errors, run
+from vigil_cli.options import (
+    DEFAULT_STORAGE,
+    FOLDER,
+    FOLDER_VARIABLE,
+    AsJson,
+    StorageAddress,
+    Token,
+    console,
+    errors,
+    run,
+    start_it,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FOLDER = Path("out/local")
 REQUEST_DEADLINE_S = 30.0
 ROLLBACK_DEADLINE_S = 600.0
 POLL_S = 0.2
@@ -94,7 +104,7 @@ class KubectlResources:
 
 local = typer.Typer(help="The whole platform on this machine.", no_args_is_help=True)
 kubectl = typer.Typer(help="Rollouts of AnomalyModels in Kubernetes.", no_args_is_help=True)
-_where: Resources = ResourceFiles(Path(os.environ.get("VIGIL_LOCAL", FOLDER)))
+_where: Resources = ResourceFiles(Path(os.environ.get(FOLDER_VARIABLE, FOLDER)))
 
 
 @kubectl.callback()
@@ -116,7 +126,7 @@ def _get(name: str) -> dict[str, Any]:
 def _nobody_looks(where: Resources) -> str:
     """That what is asked for waits until a platform runs, and what is shown is of the last time; else nothing."""
     if isinstance(where, ResourceFiles) and not where.looked_after():
-        return f"no platform runs in {where.folder}: {UP}"
+        return f"no platform runs in {where.folder}: {start_it()}"
     return ""
 
 
@@ -368,7 +378,7 @@ for _verb in VERBS:
     kubectl.command()(_verb)
 
 
-Folder = Annotated[Path, typer.Option(envvar="VIGIL_LOCAL", help="The platform's folder.")]
+Folder = Annotated[Path, typer.Option(envvar=FOLDER_VARIABLE, help="The platform's folder.")]
 
 
 @local.command()
@@ -397,7 +407,7 @@ def up(folder: Folder = FOLDER) -> None:
                     "VIGIL_STORAGE_ADDRESS": stack.storage_address,
                     "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
                     "VIGIL_INFERENCE_ADDRESS": stack.inference_address,
-                    "VIGIL_LOCAL": str(stack.folder),
+                    FOLDER_VARIABLE: str(stack.folder),
                 }
                 lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())
                 (stack.folder / "env").write_text(lines)

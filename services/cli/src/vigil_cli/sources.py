@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import glob
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -15,6 +17,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".
 VIDEO_SUFFIXES = frozenset({".mp4", ".avi", ".mkv", ".mov", ".webm", ".mjpeg", ".mjpg", ".m4v"})
 _SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "udp://")
 _JPEG_QUALITY = 95
+# The label by which a stored frame leads back to its file.
+SOURCE = "source"
+_LONGEST_SOURCE = 1024
 
 
 class SourceError(ValueError):
@@ -47,6 +52,11 @@ class Source:
         for url in self.streams:
             async for number, image in _video(url):
                 yield f"{url}#{number}", image
+
+
+def source_label(name: str) -> str:
+    """A file's name as a label may hold it, which takes ASCII alone."""
+    return quote(os.fsencode(name), safe="/#")[-_LONGEST_SOURCE:]
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -17,12 +16,10 @@ from vigil_client import Frame, Result, VigilClient, Visualization, WaitFor
 from vigil_common.trace import traced
 
 from vigil_cli.options import DEFAULT_INGEST, Address, AsJson, Token, console, errors, hint, run
-from vigil_cli.sources import Source, SourceError, open_source
+from vigil_cli.sources import SOURCE, Source, SourceError, open_source, source_label
 
 # Of errors of one kind; a folder sent to the wrong model would print a line for every image.
 _SHOWN_OF_A_KIND = 10
-# What a label may hold.
-_LONGEST_SOURCE = 1024
 # Of how many frames the median latency is.
 _LATENCIES = 10_000
 
@@ -58,8 +55,8 @@ def stream(
 
     async def frames() -> AsyncIterator[Frame]:
         async for name, image in source:
-            # So that a stored frame leads back to its file. A camera's URL may hold a password.
-            labels = {} if "://" in name else {"source": quote(os.fsencode(name), safe="/#")[-_LONGEST_SOURCE:]}
+            # A camera's URL may hold a password.
+            labels = {} if "://" in name else {SOURCE: source_label(name)}
             frame = Frame(image, model, camera=camera, visualization=visualization, labels=labels)
             names[frame.frame_id] = os.fsencode(name).decode(errors="replace")
             yield frame

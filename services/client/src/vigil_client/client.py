@@ -29,6 +29,8 @@ _FIRST_BACKOFF_S = 0.1
 _LAST_BACKOFF_S = 5.0
 _GOODBYE_S = 2.0
 _SAID_EVERY_S = 15.0
+# A full queue is how a fast client is slowed down, and worth a word only where it lasts.
+_LONG_S = 10.0
 # Small frames that are ready at the same time travel in one message of at most this many bytes.
 _TOGETHER_BYTES = 256 << 10
 _TAKES = 16
@@ -56,8 +58,13 @@ class _InFlight:
     frame: Frame
     first_sent_s: float
     attempts: int = 0
+    accepted: bool = False
     retry: asyncio.TimerHandle | None = None
     span: Span | None = None
+
+    def note(self, failure: Failure) -> None:
+        """Remember what an answer without a verdict says of it."""
+        self.accepted = self.accepted or failure.reason == "VERDICT_TIMEOUT"
 
     def message(self) -> ingest_pb2.Frame:
         message = convert.frame_message(self.frame)
@@ -68,7 +75,8 @@ class _InFlight:
 
     def result(self, **outcome: object) -> Result:
         latency_s = time.monotonic() - self.first_sent_s
-        result = Result(self.frame.frame_id, latency_s, attempts=max(self.attempts, 1), **outcome)  # type: ignore[arg-type]
+        known = {"attempts": max(self.attempts, 1), "accepted": self.accepted}
+        result = Result(self.frame.frame_id, latency_s, **known | outcome)  # type: ignore[arg-type]
         if self.span is not None:
             about = {"vigil.frame_id": self.frame.frame_id, "vigil.model": self.frame.model}
             self.span.set_attributes({**about, "vigil.attempts": result.attempts})
@@ -79,7 +87,7 @@ class _InFlight:
 
 
 class VigilClient(Connected):
-    """Sends frames to ingest; while nobody answers there, the logger "vigil_client" says so now and then.
+    """Sends frames to ingest; while nobody answers, or frames wait for long, the logger "vigil_client" says so.
 
     Args:
         address: Ingest as "host:port".
@@ -127,10 +135,11 @@ class VigilClient(Connected):
                 response = await self.stub.Submit(request, metadata=self.metadata, timeout=self.silence_s)
             except grpc.aio.AioRpcError as error:
                 failure = convert.rpc_failure(error)
+                flight.note(failure)
                 wait_s = _backoff_s(flight.attempts - 1, failure)
                 if not _retryable(failure) or self._too_late(flight, wait_s):
                     return flight.result(error=failure)
-                self._say_that_it_goes_on(failure)
+                self._say_that_it_goes_on(failure, flight)
                 await asyncio.sleep(wait_s)
                 continue
             if response.HasField("verdict"):
@@ -170,12 +179,14 @@ class VigilClient(Connected):
             flight.span = self._tracer.start_span("send frame", kind=SpanKind.CLIENT)
         return flight
 
-    def _say_that_it_goes_on(self, failure: Failure) -> None:
-        """Tell by the log that nobody answers, now and then."""
+    def _say_that_it_goes_on(self, failure: Failure, flight: _InFlight) -> None:
+        """Tell by the log that nobody answers, or of a frame that has waited for long, now and then."""
         now = time.monotonic()
-        if failure.code == "UNAVAILABLE" and now >= self._quiet_until_s:
+        nobody = failure.code == "UNAVAILABLE"
+        if now >= self._quiet_until_s and (nobody or now - flight.first_sent_s >= _LONG_S):
             self._quiet_until_s = now + _SAID_EVERY_S
-            _log.warning("no answer from ingest, trying for up to %.0f s: %s", self.max_retry_s, failure.message)
+            what = "no answer from ingest" if nobody else failure.reason or failure.code
+            _log.warning("%s, trying for up to %.0f s: %s", what, self.max_retry_s, failure.message)
 
     def _too_late(self, flight: _InFlight, wait_s: float) -> bool:
         return time.monotonic() + wait_s - flight.first_sent_s > self.max_retry_s
@@ -241,7 +252,8 @@ class _StreamSession:
                 if self._client._too_late(flight, wait_s):  # noqa: SLF001 - same module
                     self._settle(flight, flight.result(error=failure))
             if losses and self._flights:
-                self._client._say_that_it_goes_on(failure)  # noqa: SLF001 - same module
+                oldest = next(iter(self._flights.values()))
+                self._client._say_that_it_goes_on(failure, oldest)  # noqa: SLF001 - same module
             await asyncio.sleep(wait_s)
             if self._flights:
                 self._outbox.put_nowait(next(iter(self._flights)))
@@ -327,8 +339,10 @@ class _StreamSession:
             self._settle(flight, flight.result(accepted=True))
         else:
             failure = convert.failure(response.error)
+            flight.note(failure)
             wait_s = _backoff_s(flight.attempts - 1, failure)
             if _retryable(failure) and not self._client._too_late(flight, wait_s):  # noqa: SLF001 - same module
+                self._client._say_that_it_goes_on(failure, flight)  # noqa: SLF001 - same module
                 loop = asyncio.get_running_loop()
                 flight.retry = loop.call_later(wait_s, self._outbox.put_nowait, response.frame_id)
             else:

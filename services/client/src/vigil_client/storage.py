@@ -19,7 +19,7 @@ from vigil_client.channel import Connected
 from vigil_client.types import Failure, Model, ServiceError, StoredFrame, new_frame_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from datetime import datetime
 
     import grpc
@@ -78,9 +78,13 @@ class StorageClient(Connected):
         human_label: HumanLabel | None = None,
         reviewed: bool | None = None,
         disagreement: bool | None = None,
+        labels: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> AsyncIterator[StoredFrame]:
-        """Stored frames that match, oldest first, page by page as they are taken."""
+        """Stored frames that match, oldest first, page by page as they are taken.
+
+        Of `labels` each is one that a client sent the frame with, and has exactly this value.
+        """
         label = {
             None: types_pb2.LABEL_UNSPECIFIED,
             False: types_pb2.LABEL_NORMAL,
@@ -97,6 +101,7 @@ class StorageClient(Connected):
             human_label=convert.HUMAN_LABELS[human_label] if human_label else types_pb2.LABEL_UNSPECIFIED,
             reviewed=reviewed,
             disagreement=disagreement,
+            labels=labels,
         )
         if start is not None:
             request.start.FromDatetime(start)

@@ -180,7 +180,7 @@ def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:
     start_us, stop_us = _range(
         request.start if request.HasField("start") else None, request.stop if request.HasField("stop") else None
     )
-    equals: dict[str, str] = {}
+    equals = domain.asked_labels(request.labels)
     if request.version:
         equals["version"] = str(request.version)
     if request.label in LABELS:

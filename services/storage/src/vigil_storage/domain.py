@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ RESERVED = frozenset(
         COPY,
     )
 )
-MAX_NAME_LENGTH = 64
+MAX_NAME_LENGTH, MAX_LABELS = 64, 32
+LABEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,23 @@ def stays(labels: Mapping[str, str]) -> bool:
 def client_labels(labels: Mapping[str, str]) -> dict[str, str]:
     """The client's own among a record's labels."""
     return {name: value for name, value in labels.items() if name not in RESERVED}
+
+
+def asked_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """The client's labels that a query asks for.
+
+    Raises:
+        InvalidInput: LABEL_INVALID.
+    """
+    if len(labels) > MAX_LABELS:
+        raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this asks for {len(labels)}")
+    for name in labels:
+        if not LABEL_NAME.fullmatch(name):
+            raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
+        if name in RESERVED:
+            text = f"label {name} is Vigil's own; a client's label of that name is stored as client_{name}"
+            raise InvalidInput("LABEL_INVALID", text)
+    return dict(labels)
 
 
 def salvage(record: Record, reason: str) -> Record:

@@ -166,6 +166,26 @@ class QueryRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     CAMERA_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
@@ -180,6 +200,7 @@ class QueryRequest(_message.Message):
     HUMAN_LABEL_FIELD_NUMBER: _builtins.int
     REVIEWED_FIELD_NUMBER: _builtins.int
     DISAGREEMENT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     camera: _builtins.str
     """Absent: every camera."""
@@ -208,6 +229,10 @@ class QueryRequest(_message.Message):
     def stop(self) -> _timestamp_pb2.Timestamp:
         """Exclusive."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only frames that a client sent with these labels: each with exactly this value. At most 32."""
+
     def __init__(
         self,
         *,
@@ -225,10 +250,11 @@ class QueryRequest(_message.Message):
         human_label: _types_pb2.Label.ValueType = ...,
         reviewed: _builtins.bool | None = ...,
         disagreement: _builtins.bool | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement", "_max_score", b"_max_score", "_min_score", b"_min_score", "_reviewed", b"_reviewed", "disagreement", b"disagreement", "max_score", b"max_score", "min_score", b"min_score", "reviewed", b"reviewed", "start", b"start", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement", "_max_score", b"_max_score", "_min_score", b"_min_score", "_reviewed", b"_reviewed", "camera", b"camera", "disagreement", b"disagreement", "failed", b"failed", "human_label", b"human_label", "label", b"label", "max_score", b"max_score", "min_score", b"min_score", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "reviewed", b"reviewed", "start", b"start", "stop", b"stop", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement", "_max_score", b"_max_score", "_min_score", b"_min_score", "_reviewed", b"_reviewed", "camera", b"camera", "disagreement", b"disagreement", "failed", b"failed", "human_label", b"human_label", "label", b"label", "labels", b"labels", "max_score", b"max_score", "min_score", b"min_score", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "reviewed", b"reviewed", "start", b"start", "stop", b"stop", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__disagreement: _TypeAlias = _typing.Literal["disagreement"]  # noqa: Y015
     _WhichOneofArgType__disagreement: _TypeAlias = _typing.Literal["_disagreement", b"_disagreement"]  # noqa: Y015

@@ -77,7 +77,7 @@ class LocalStack:
         self.live_workers = self.folder / "live"
         self._maxmemory = maxmemory
         self._ready_s = ready_s
-        self._service_env = {"VIGIL_LOG_LEVEL": log_level, **(env or {})}
+        self._settings = {**os.environ, "VIGIL_LOG_LEVEL": log_level, **(env or {})}
         self._processes: dict[str, Process] = {}
         self._ports: dict[str, int] = {}
         self._ports_before: dict[str, int] = {}
@@ -238,7 +238,7 @@ class LocalStack:
             INFERENCE_ADDRESS=inference_address,
         )
         await self.start(_REVIEW)
-        scheme = "https" if "VIGIL_TLS_CERT_FILE" in self._service_env else "http"
+        scheme = "https" if self._settings.get("VIGIL_TLS_CERT_FILE") else "http"
         return f"{scheme}://{self._bind(_REVIEW)}"
 
     async def _up(self) -> None:
@@ -246,8 +246,7 @@ class LocalStack:
         self._keep_alone()
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._ports_before = json.loads((self.folder / "ports.json").read_text())
-        settings = {**os.environ, **self._service_env}
-        if settings.get("VIGIL_TOKENS_FILE") and not settings.get("VIGIL_TOKEN_FILE"):
+        if self._settings.get("VIGIL_TOKENS_FILE") and not self._settings.get("VIGIL_TOKEN_FILE"):
             raise StackError(
                 "services need a token of their own, with the role serve: name its file in VIGIL_TOKEN_FILE"
             )
@@ -274,9 +273,12 @@ class LocalStack:
 
     def _bind(self, name: str) -> str:
         if name not in self._ports:
-            port = free_port(self._ports_before.get(name, 0))
+            before = self._ports_before.get(name, 0)
+            port = free_port(before)
             while port in self._ports.values():  # chosen before its owner listens, so that it still counts as free
                 port = free_port()
+            if before and port != before:
+                self.log(f"{name} moves to port {port}, since {before} is taken")
             self._ports[name] = port
             # Kept for the next time, so that addresses in other terminals and bookmarks stay good, also where it is
             # stopped before all are chosen.
@@ -327,12 +329,12 @@ class LocalStack:
 
     def _secret(self, name: str) -> str:
         """What the file of a setting holds; empty without the setting."""
-        file = self._service_env.get(name)
+        file = self._settings.get(name)
         return Path(file).read_text().strip() if file else ""
 
     def _health(self, name: str) -> str:
         """Where a service answers probes: beside TLS on a port of their own."""
-        return self._bind(f"{name}.health" if "VIGIL_TLS_CERT_FILE" in self._service_env else name)
+        return self._bind(f"{name}.health" if self._settings.get("VIGIL_TLS_CERT_FILE") else name)
 
     def _add_service(self, name: str, module: str, **settings: str) -> None:
         defaults = {
@@ -344,7 +346,7 @@ class LocalStack:
         if self._health(name) != self._bind(name):
             defaults["HEALTH_BIND"] = self._health(name)
         env = {f"VIGIL_{key}": value for key, value in {**defaults, **settings}.items()}
-        self._add(name, [sys.executable, "-m", module], {**os.environ, **self._service_env, **env})
+        self._add(name, [sys.executable, "-m", module], {**self._settings, **env})
 
     async def _wait_ready(self, name: str) -> None:
         process = self._processes[name]
