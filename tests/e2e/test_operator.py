@@ -368,6 +368,7 @@ NONSENSE: list[tuple[dict[str, object], str]] = [
         "less than or equal to 1",
     ),
     ({"source": {"model": "cells", "version": "1"}, "rollout": {"timeout": "soon"}}, "should match"),
+    ({"source": {"model": "cells", "version": "1"}, "rollout": {"timeout": "5m"}}, "timeout must be over"),
     (
         {"source": {"model": "cells", "version": "1"}, "autoscaling": {"min": 4, "max": 2}},
         "min must not be over max",

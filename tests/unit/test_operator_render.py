@@ -166,6 +166,7 @@ def test_durations(text: str, seconds: float) -> None:
         {**MINIMAL, "autoscaling": {"min": 3, "max": 2}},
         {**MINIMAL, "rollout": {"gates": {"maxFlipFraction": -0.1}}},
         {**MINIMAL, "rollout": {"timeout": "tomorrow"}},
+        {**MINIMAL, "rollout": {"timeout": "10m"}},
         {**MINIMAL, "sourc": {}},
     ],
 )

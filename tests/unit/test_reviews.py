@@ -403,7 +403,9 @@ async def test_queries_ask_what_people_say_and_where_the_versions_disagree(bench
 async def test_queries_ask_for_labels_that_clients_gave(bench: Bench) -> None:
     given: list[dict[str, str]] = [{"lot": "7"}, {"lot": "07"}, {"lot": "7", "source": "a/b%20c.png"}]
     frames = [frame(number) for number in range(3)]
-    await bench.frames.write([replace(one, labels=one.labels | more) for one, more in zip(frames, given, strict=True)])
+    await bench.frames.write(
+        [replace(one, labels={**one.labels, **more}) for one, more in zip(frames, given, strict=True)]
+    )
     assert await bench.query(labels={"lot": "7"}) == ["f0", "f2"]
     assert await bench.query(labels={"lot": "07"}) == ["f1"]
     assert await bench.query(labels={"lot": "7", "source": "a/b%20c.png"}) == ["f2"]

@@ -176,8 +176,18 @@ class Gates(Part):
     )
 
 
+# The API server tries the rule on the default of the whole, in which nothing has its own default yet.
+_DECIDABLE = (
+    "!has(self.timeout) || !has(self.gates) || !has(self.gates.minDuration) || "
+    "duration(self.timeout) > duration(self.gates.minDuration)"
+)
+_TIMEOUT_TOO_SHORT = "timeout must be over gates.minDuration, or no gate could pass in time"
+
+
 class Rollout(Part):
     """How a new version replaces the live one."""
+
+    model_config = ConfigDict(json_schema_extra=rules((_DECIDABLE, _TIMEOUT_TOO_SHORT)))
 
     strategy: Annotated[
         Literal["Shadow", "Immediate"],
@@ -206,6 +216,12 @@ class Rollout(Part):
     rollback_window: Annotated[
         Duration, Field(description="How long the previous version stays warm after a promotion.")
     ] = "1h"
+
+    @model_validator(mode="after")
+    def _decidable(self) -> Self:
+        if duration_s(self.timeout) <= duration_s(self.gates.min_duration):
+            raise ValueError(_TIMEOUT_TOO_SHORT)
+        return self
 
 
 class NormalRetention(Part):
