@@ -19,7 +19,16 @@ from vigil_common.store import labels as gate
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_common.store.open import open_stores
-from vigil_common.store.ports import FrameFilter, FrameStore, Labelling, ModelInfo, ModelStore, Record, Written
+from vigil_common.store.ports import (
+    CROWD,
+    FrameFilter,
+    FrameStore,
+    Labelling,
+    ModelInfo,
+    ModelStore,
+    Record,
+    Written,
+)
 from vigil_common.store.reduct import BLOCK_RECORDS, ReductFrameStore, condition
 from vigil_common.store.reduct_models import ReductModelStore
 
@@ -119,6 +128,24 @@ async def test_another_image_at_the_same_microsecond_keeps_both(stores: Stores) 
     assert await stores.frames.write([record("f1")]) == [Written(T0)]
     assert await stores.frames.write([record("f2"), record("f3")]) == [Written(T0 + 1), Written(T0 + 2)]
     assert await found(stores.frames) == ["f1", "f2", "f3"]
+
+
+async def test_behind_a_clock_that_stands_still_frames_stand_where_they_were_received(stores: Stores) -> None:
+    records = [replace(record(f"f{number}"), otherwise_us=T0 + 10**9 + number * 1_000) for number in range(CROWD + 40)]
+    for start in range(0, len(records), 37):
+        stores.frames.forget("cells")  # as another owner
+        results = await stores.frames.write(records[start : start + 37])
+        assert [result.timestamp_us for result in results if isinstance(result, Written)] == [
+            T0 + number if number < CROWD else one.otherwise_us
+            for number, one in enumerate(records[start : start + 37], start)
+        ]
+    again = await stores.frames.write([records[7], records[CROWD + 7], record("late")])
+    assert again == [
+        Written(T0 + 7, existed=True),
+        Written(records[CROWD + 7].otherwise_us or 0, existed=True),
+        Written(T0 + CROWD),
+    ]
+    assert len(await found(stores.frames)) == CROWD + 41
 
 
 async def test_the_same_microsecond_twice_in_one_batch_keeps_both(stores: Stores) -> None:

@@ -245,11 +245,11 @@ class ComparisonLabeller:
         return found
 
     async def _records(self, due: Sequence[_InHand]) -> AsyncIterator[StoredRecord]:
-        """Records around the times of capture, by one look for those that are near each other."""
+        """Records around their own times, or those of capture, by one look for those that are near each other."""
         times: dict[str, list[int]] = defaultdict(list)
         for one in due:
-            captured_us = convert.to_us(one.comparison.captured_at)
-            times[f"{self._model}/{one.comparison.camera}"].append(captured_us)
+            at_us = one.record[1] if one.record is not None else convert.to_us(one.comparison.captured_at)
+            times[f"{self._model}/{one.comparison.camera}"].append(at_us)
         for entry, found in times.items():
             found.sort()
             for first in range(0, len(found), STEP):

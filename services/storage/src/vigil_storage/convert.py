@@ -98,6 +98,7 @@ def record_of(model: str, queued: QueuedOutcome) -> Record:
         labels=domain.labels_of(frame, result),
         body=queued.frame.image,
         content_type=header.content_type or "application/octet-stream",
+        otherwise_us=frame.received_at_us,
     )
 
 

@@ -92,7 +92,9 @@ class StoredFrame(_message.Message):
 
     @_builtins.property
     def stored_at(self) -> _timestamp_pb2.Timestamp:
-        """The record's own time in the store; captured_at, or the next free microsecond."""
+        """The record's own time in the store; captured_at, or the next free microsecond. Where hundreds of a camera's frames
+        have one captured_at, as of a clock that stands still, the others stand where they were received.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

@@ -122,9 +122,8 @@ class EmbeddedFrameStore:
         except InvalidInput as error:
             return error
         frame_id, sha256 = record.labels["frame_id"], record.labels["sha256"]
-        at = record.timestamp_us
         statement = "SELECT frame_id, sha256, size_bytes FROM frames WHERE entry = ? AND timestamp_us = ?"
-        while True:
+        for at in record.places(self._stride_us):
             async with self._db.execute(statement, (record.entry, at)) as cursor:
                 found = await cursor.fetchone()
             if found is None:
@@ -133,7 +132,6 @@ class EmbeddedFrameStore:
                 if (found[1], found[2]) == (sha256, len(record.body)):
                     return Written(at, existed=True)
                 return Conflict("FRAME_ID_REUSED", f"frame id {frame_id} stands for another image")
-            at += self._stride_us
         async with self._db.execute("INSERT INTO bodies (body) VALUES (?)", (record.body,)) as cursor:
             body_id = cursor.lastrowid
         row = (record.entry, at, frame_id, sha256, _score(record.labels), json.dumps(dict(record.labels)))

@@ -6,13 +6,18 @@ written. Times are microseconds since 1970, UTC.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
     from vigil_common.errors import VigilError
+
+
+# More frames of one time than a camera with a clock of whole seconds takes in one.
+CROWD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +26,11 @@ class Record:
 
     Attributes:
         entry: "MODEL/CAMERA".
-        timestamp_us: Where it shall stand; the store may move it to a later free microsecond.
+        timestamp_us: Where it shall stand; see `places`.
         labels: Names as ^[a-z][a-z0-9_]{0,63}$; must hold `frame_id` and `sha256`.
         body: The encoded image.
         content_type: Media type of the body.
+        otherwise_us: Where it shall stand instead once `CROWD` others have its time and those next to it.
     """
 
     entry: str
@@ -32,6 +38,16 @@ class Record:
     labels: Mapping[str, str]
     body: bytes
     content_type: str
+    otherwise_us: int | None = None
+
+    def places(self, stride_us: int) -> Iterator[int]:
+        """Where it may stand, without an end: the first of these that is free is its time.
+
+        Each try past those that are taken costs a look, and behind a clock that stands still there would be ever more.
+        """
+        yield from itertools.islice(itertools.count(self.timestamp_us, stride_us), CROWD)
+        others = self.timestamp_us + CROWD * stride_us
+        yield from itertools.count(others if self.otherwise_us is None else self.otherwise_us, stride_us)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +120,8 @@ class FrameStore(Protocol):
     async def write(self, records: Sequence[Record]) -> list[Written | Exception]:
         """Write a batch (at most 64 records, any entries); one result per record, in order.
 
-        A record whose time is taken by another image goes to the next free microsecond. The same frame id with the
-        same sha256 is not written twice. The same frame id with another sha256 at its time gives a
+        A record whose time is taken by another image goes to the next of its places that is free. The same frame id
+        with the same sha256 is not written twice. The same frame id with another sha256 at its time gives a
         `Conflict("FRAME_ID_REUSED", ...)`. Trouble that may pass gives `Unavailable`.
         """
         ...

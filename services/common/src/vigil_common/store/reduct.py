@@ -235,9 +235,11 @@ class ReductFrameStore:
             free: list[tuple[int, int]] = []
             for index in ours:
                 record = records[index]
-                at, frame_id = record.timestamp_us, record.labels["frame_id"]
-                while (other := await standing.at(at, frame_id)) is not None and other.frame_id != frame_id:
-                    at += self._stride_us
+                frame_id = record.labels["frame_id"]
+                for at in record.places(self._stride_us):
+                    other = await standing.at(at, frame_id)
+                    if other is None or other.frame_id == frame_id:
+                        break
                 if other is not None:
                     same = (other.sha256, other.size_bytes) == (record.labels["sha256"], len(record.body))
                     results[index] = Written(at, existed=True) if same else _reused(record)

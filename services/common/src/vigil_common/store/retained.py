@@ -73,10 +73,7 @@ class RetainedFrameStore:
             sides[self._belongs(record)].append(index)
         for stays, indexes in sides.items():
             store = self._kept if stays else self._passing
-            placed = [
-                replace(records[index], timestamp_us=_place(records[index].timestamp_us, stays=stays))
-                for index in indexes
-            ]
+            placed = [_placed(records[index], stays=stays) for index in indexes]
             written = await store.write(placed) if placed else []
             results |= dict(zip(indexes, written, strict=True))
             if not stays:
@@ -254,9 +251,14 @@ class RetainedFrameStore:
         await self._passing.close()
 
 
-def _place(timestamp_us: int, *, stays: bool) -> int:
-    """The first time from this one on that is of its kind."""
-    return timestamp_us + (timestamp_us % 2 if stays else 1 - timestamp_us % 2)
+def _placed(record: Record, *, stays: bool) -> Record:
+    """With the first times from its own on that are of its kind."""
+
+    def of_kind(time_us: int) -> int:
+        return time_us + (time_us % 2 if stays else 1 - time_us % 2)
+
+    otherwise_us = None if record.otherwise_us is None else of_kind(record.otherwise_us)
+    return replace(record, timestamp_us=of_kind(record.timestamp_us), otherwise_us=otherwise_us)
 
 
 def _order(record: StoredRecord) -> tuple[int, str]:
