@@ -264,6 +264,9 @@ async def test_frames_are_found_by_id(stores: Stores) -> None:
     assert (await stores.frames.find("cells", own)).timestamp_us == T0
     assert (await stores.frames.find("cells", late)).entry == "cells/cam2"
     assert (await stores.frames.find("cells", "0123", "cam1")).timestamp_us == T0 + 5
+    now = time.time_ns() // 1_000
+    await stores.frames.write([record("0123", at, body=str(at).encode()) for at in (T0 + 10**9, now, now + 10**8)])
+    assert (await stores.frames.find("cells", "0123")).timestamp_us == now + 10**8
     for missing in ("123", uuid.uuid4().hex):
         with pytest.raises(NotFound):
             await stores.frames.find("cells", missing)

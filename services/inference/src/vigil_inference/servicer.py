@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
 from vigil_common.access import authorize
 from vigil_common.errors import QueueFull
+from vigil_common.streams.ports import check_threshold
 
 from vigil_inference import convert
 
@@ -46,6 +47,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.PredictResponse:
         """Judge one image now; WORKER_BUSY where too many wait already."""
         authorize(self._version.name)
+        threshold = request.threshold if request.HasField("threshold") else self._worker.threshold
+        check_threshold(threshold)
         if self._waiting >= MAX_WAITING:
             raise QueueFull(
                 "WORKER_BUSY", f"{MAX_WAITING} images wait for this worker; try again", retry_after_s=RETRY_AFTER_S
@@ -59,7 +62,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 judged,
                 frame_id=request.frame_id,
                 model=self._version,
-                threshold=request.threshold if request.HasField("threshold") else self._worker.threshold,
+                threshold=threshold,
                 received_us=received_us,
                 read_us=received_us,
             )

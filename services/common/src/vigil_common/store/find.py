@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,19 +17,34 @@ if TYPE_CHECKING:
     from vigil_common.store.ports import FrameStore, StoredRecord
 
 WINDOW_US = 120_000_000
+# Each look back reaches so many times as far as the one before: a dozen until there was no camera.
+FURTHER = 4
 
 
 async def find_frame(store: FrameStore, model: str, frame_id: str, camera: str | None) -> StoredRecord:
-    """The record of a frame id: near a UUIDv7's own time first, then everywhere; see `FrameStore.find`."""
+    """The latest record of a frame id; see `FrameStore.find`."""
     everywhere = FrameFilter([f"{model}/{camera or '*'}"], equals={"frame_id": frame_id})
-    near = uuid7_time_us(frame_id)
-    windows = [everywhere]
-    if near is not None:
-        windows.insert(0, replace(everywhere, start_us=max(0, near - WINDOW_US), stop_us=near + WINDOW_US))
-    for window in windows:
-        async for record in store.query(window, limit=1):
-            return record
+    for start_us, stop_us in _windows(uuid7_time_us(frame_id)):
+        found = None
+        async for record in store.query(replace(everywhere, start_us=start_us, stop_us=stop_us), limit=2**31):
+            found = record
+        if found is not None:
+            return found
     raise NotFound("UNKNOWN_FRAME", f"no frame {frame_id} of model {model} is stored")
+
+
+def _windows(made_us: int | None) -> Iterator[tuple[int, int | None]]:
+    """Where to look, first near the time that an id tells, then ever further back: what people ask for is recent."""
+    if made_us is not None:
+        yield max(0, made_us - WINDOW_US), made_us + WINDOW_US
+    span_us, stop_us = WINDOW_US, None
+    start_us = time.time_ns() // 1_000 - span_us
+    while True:
+        yield max(0, start_us), stop_us
+        if start_us <= 0:
+            return
+        span_us *= FURTHER
+        start_us, stop_us = start_us - span_us, start_us
 
 
 def runs(times: Sequence[int], gap_us: int) -> Iterator[tuple[int, int]]:

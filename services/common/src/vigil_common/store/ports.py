@@ -156,9 +156,9 @@ class FrameStore(Protocol):
         ...
 
     async def find(self, model: str, frame_id: str, camera: str | None = None) -> StoredRecord:
-        """The record of a frame id; `NotFound` where there is none.
+        """The record of a frame id, the latest where several have it; `NotFound` where there is none.
 
-        A UUIDv7 id is looked for near its own time first, then everywhere.
+        A UUIDv7 id is looked for near its own time first, then back from now.
         """
         ...
 

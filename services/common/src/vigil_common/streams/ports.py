@@ -191,8 +191,8 @@ class OutcomeSource(Protocol):
         ...
 
 
-def _check_threshold(threshold: float | None) -> None:
-    # No score reaches NaN: every frame would be normal, and nobody would see why.
+def check_threshold(threshold: float | None) -> None:
+    """Raise `InvalidInput` THRESHOLD_INVALID for one that no score reaches, as NaN: every frame would be normal."""
     if threshold is not None and not math.isfinite(threshold):
         raise InvalidInput("THRESHOLD_INVALID", f"threshold {threshold}: it must be a finite number")
 
@@ -215,7 +215,7 @@ class Live:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        _check_threshold(self.threshold)
+        check_threshold(self.threshold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ class Candidate:
     sample_fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_threshold(self.threshold)
+        check_threshold(self.threshold)
         if not 0 < self.sample_fraction <= 1:
             raise InvalidInput(
                 "SAMPLE_FRACTION_INVALID", f"sample fraction {self.sample_fraction}: it must be over 0 and at most 1"
