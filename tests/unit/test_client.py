@@ -48,13 +48,16 @@ class FakeIngest(ingest_pb2_grpc.IngestServiceServicer):
         self.takes = 0
         self.carried: list[int] = []
         self.first_together = 1
+        self.picture = b""
 
     def _outcome(self, frame: ingest_pb2.Frame) -> status_pb2.Status | types_pb2.Verdict:
         self.seen.append(frame.frame_id)
         troubles = self.troubles.get(frame.frame_id)
         if troubles:
             return troubles.pop(0)
-        return types_pb2.Verdict(frame_id=frame.frame_id, score=0.75, label=types_pb2.LABEL_ANOMALOUS)
+        picture = types_pb2.Picture(data=self.picture)
+        label = types_pb2.LABEL_ANOMALOUS
+        return types_pb2.Verdict(frame_id=frame.frame_id, score=0.75, label=label, visualization=picture)
 
     async def Submit(  # noqa: N802 - gRPC's name
         self,
@@ -334,6 +337,19 @@ async def test_submit_retries_and_can_stop_at_acceptance(server: Server) -> None
     assert result.accepted
     assert result.verdict is None
     assert result.attempts == 2
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_an_answer_that_is_too_large_is_not_blamed_on_the_image(
+    server: Server, monkeypatch: pytest.MonkeyPatch, *, streams: bool
+) -> None:
+    monkeypatch.setattr("vigil_client.channel._MAX_MESSAGE_BYTES", 1 << 20)
+    server.ingest.picture = bytes(2 << 20)
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        (frame,) = _frames(1)
+        (result,) = [one async for one in client.stream([frame])] if streams else [await client.submit(frame)]
+    assert result.error is not None
+    assert (result.error.reason, result.accepted) == ("ANSWER_TOO_LARGE", True)
 
 
 @pytest.mark.parametrize("streams", [True, False])

@@ -64,7 +64,7 @@ class _InFlight:
 
     def note(self, failure: Failure) -> None:
         """Remember what an answer without a verdict says of it."""
-        self.accepted = self.accepted or failure.reason == "VERDICT_TIMEOUT"
+        self.accepted = self.accepted or failure.reason in {"VERDICT_TIMEOUT", "ANSWER_TOO_LARGE"}
 
     def message(self) -> ingest_pb2.Frame:
         message = convert.frame_message(self.frame)

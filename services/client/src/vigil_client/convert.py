@@ -129,6 +129,9 @@ def rpc_failure(error: grpc.aio.AioRpcError) -> Failure:
     if status is not None:
         return failure(status)
     details = error.details() or "no details"
+    if _TOO_LARGE in details and "CLIENT" in details:
+        message = f"the answer is larger than a client takes; ask for fewer outputs, or JPEG pictures ({details})"
+        return Failure("RESOURCE_EXHAUSTED", "ANSWER_TOO_LARGE", message)
     if _TOO_LARGE in details:
         return Failure("INVALID_ARGUMENT", "IMAGE_TOO_LARGE", f"the server takes no message that large ({details})")
     return Failure(error.code().name, "", details)
