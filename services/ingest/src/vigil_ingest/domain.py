@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
 from vigil_common.store.ids import uuid7_time_us
+from vigil_common.store.labels import NAME
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 FRAME_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MODEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-LABEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 # Printable ASCII without comma and double quote: the store carries labels as HTTP headers.
 LABEL_VALUE = re.compile(r"[!#-+\--~](?:[ !#-+\--~]{0,1022}[!#-+\--~])?")
 MAX_LABELS = 32
@@ -92,7 +92,7 @@ def _check_labels(labels: Mapping[str, str]) -> None:
     if len(labels) > MAX_LABELS:
         raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this one has {len(labels)}")
     for name, value in labels.items():
-        if not LABEL_NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
         if name in RESERVED:
             raise InvalidInput("LABEL_INVALID", f"label {name} is Vigil's own; choose another name")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
+from vigil_common.store.labels import NAME
 from vigil_common.store.retained import COPY
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ RESERVED = frozenset(
     )
 )
 MAX_NAME_LENGTH, MAX_LABELS = 64, 32
-LABEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ def asked_labels(labels: Mapping[str, str]) -> dict[str, str]:
     if len(labels) > MAX_LABELS:
         raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this asks for {len(labels)}")
     for name in labels:
-        if not LABEL_NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
         if name in RESERVED:
             text = f"label {name} is Vigil's own; a client's label of that name is stored as client_{name}"
