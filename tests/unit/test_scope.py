@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,7 @@ from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.access import ANYBODY, Principal, Role, enter
 from vigil_common.bundle import Artefact, Manifest, ModelOutputs, digest, pack
-from vigil_common.errors import Forbidden
+from vigil_common.errors import Forbidden, InvalidInput
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.embedded_models import EmbeddedModelStore
 from vigil_inference.servicer import InferenceServicer
@@ -114,6 +115,14 @@ async def test_a_worker_asked_directly_holds_its_model_against_the_token() -> No
     enter(NUTS_ONLY)
     with pytest.raises(Forbidden):
         await rpc.Predict(inference_pb2.PredictRequest(frame_id="f"), nobody)
+
+
+async def test_a_worker_takes_no_threshold_that_no_score_reaches() -> None:
+    nobody: Any = None
+    rpc = InferenceServicer(nobody, nobody, types_pb2.ModelVersion(name="cells", version=1), threads=1)
+    with pytest.raises(InvalidInput) as refused:
+        await rpc.Predict(inference_pb2.PredictRequest(frame_id="f", threshold=math.nan), nobody)
+    assert refused.value.reason == "THRESHOLD_INVALID"
 
 
 async def test_publication_and_deprecation_are_written_down_with_who_did_it(tmp_path: Path) -> None:
