@@ -74,6 +74,8 @@ def a_submission(**changes: Any) -> Submission:
         ({"labels": {"shift": "a\nb"}}, "LABEL_INVALID"),
         ({"labels": {"shift": "x" * 1025}}, "LABEL_INVALID"),
         ({"labels": {f"l{index}": "x" for index in range(33)}}, "LABEL_INVALID"),
+        ({"labels": {"path": "%C3%BC" * 170}}, "LABEL_INVALID"),
+        ({"labels": {f"l{index}": "x" * 500 for index in range(9)}}, "LABEL_INVALID"),
         ({"captured_at_us": 0}, "CAPTURED_AT_OUT_OF_RANGE"),
         ({"captured_at_us": NOW_US + 301_000_000}, "CAPTURED_AT_OUT_OF_RANGE"),
     ],

@@ -15,6 +15,7 @@ import tarfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from typer.testing import CliRunner
@@ -24,9 +25,10 @@ from vigil_cli.local import LocalStack, StackError, find_store
 from vigil_cli.local.process import Process, free_port
 from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.main import app
-from vigil_cli.sources import SourceError, open_source
+from vigil_cli.sources import SourceError, open_source, source_label
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.grpc.workers import worker_address
+from vigil_common.store.labels import check_labels
 
 DEADLINE_S = 20.0
 HEAD = "{apiVersion: vigil.dev/v1alpha1, kind: AnomalyModel"
@@ -202,6 +204,20 @@ def test_a_port_is_the_one_wanted_where_it_is_free() -> None:
         assert free_port(first) != first
 
 
+async def test_a_folder_that_can_not_be_one_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(StackError, match="file can't be a platform's folder: File exists"):
+        await LocalStack(file).__aenter__()
+
+
+@pytest.mark.parametrize("name", ["a/1.png", "Prüfung/" * 200 + "1.png", "%" * 900, "d ü/" * 400])
+def test_a_file_s_name_becomes_a_label_that_is_kept(name: str) -> None:
+    label = source_label(name)
+    check_labels({"source": label})
+    assert name.endswith(unquote(label)[-5:])
+
+
 def test_a_path_that_is_not_there_is_named() -> None:
     with pytest.raises(SourceError, match="there is no nowhere"):
         open_source(["nowhere"])
@@ -215,6 +231,12 @@ def test_a_path_that_is_not_there_is_named() -> None:
             f"{HEAD}, metadata: {{name: m}}, spec: {{source: {{model: m, version: 2}}}}}}",
             "put it in quotes",
         ),
+        ("x", "'x' stands where apiVersion, kind"),
+        ("- 1", r"\[1\] stands where"),
+        (f"{HEAD}, spec: {{}}}}", "'metadata' is missing"),
+        (f"{HEAD}, metadata: x, spec: {{}}}}", "metadata must hold fields, not 'x'"),
+        (f"{HEAD}, metadata: {{name: m}}, spec: 5}}", "spec must hold fields, not 5"),
+        (f"{HEAD}, metadata: {{name: 5}}, spec: {{source: {{model: m, version: '2'}}}}}}", "metadata.name 5"),
     ],
 )
 def test_what_is_applied_and_is_none_is_said_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:

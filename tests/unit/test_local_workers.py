@@ -22,8 +22,14 @@ class Stack:
     runs = False
     launched = 0
 
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
     def pid(self, _: str) -> int | None:
         return 1 if self.runs else None
+
+    def say_that_it_ended(self, name: str) -> None:
+        self.told.append(name)
 
     def tail(self, _: str) -> str:
         return "killed"
@@ -56,7 +62,7 @@ async def test_a_worker_that_ran_for_long_has_not_failed_often() -> None:
 
     await step(0)
     assert [await ended_after(1) for _ in range(4)] == [False, False, False, True]
-    assert stack.launched == 5
+    assert (stack.launched, len(stack.told)) == (5, 4)
     # An hour of work is a new start, and three more failures are needed.
     assert await ended_after(STEADY_S) is False
     assert [await ended_after(1) for _ in range(3)] == [False, False, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import math
 import os
 import random
 import time
@@ -410,6 +411,13 @@ async def test_queries_ask_for_labels_that_clients_gave(bench: Bench) -> None:
     assert await bench.query(labels={"lot": "07"}) == ["f1"]
     assert await bench.query(labels={"lot": "7", "source": "a/b%20c.png"}) == ["f2"]
     assert await bench.query(labels={"line": "7"}) == []
+
+
+async def test_scores_that_are_no_range_are_refused(bench: Bench) -> None:
+    for scores in ({"min_score": math.nan}, {"max_score": math.inf}, {"min_score": 0.9, "max_score": 0.1}):
+        with pytest.raises(InvalidInput) as refused:
+            await bench.query(**scores)
+        assert refused.value.reason == "RANGE_INVALID"
 
 
 @pytest.mark.parametrize(

@@ -62,30 +62,30 @@ def query(
     as_json: AsJson = False,
 ) -> None:
     """List stored frames, oldest first."""
-    labels = _labels(label or [])
 
     async def work() -> list[StoredFrame]:
         async with StorageClient(storage_address, token=token) as storage:
-            found = storage.frames_query(
-                model,
-                camera=camera,
-                start=since,
-                stop=until,
-                anomalous=anomalous,
-                failed=failed,
-                min_score=min_score,
-                max_score=max_score,
-                version=version,
-                human_label=human,
-                reviewed=reviewed,
-                disagreement=disagreement,
-                labels=labels,
-                limit=limit,
-            )
-            frames = [frame async for frame in found]
-            if not frames:
-                await check_known(storage, model)
-            return frames
+            for labels in _labels(label or []):
+                found = storage.frames_query(
+                    model,
+                    camera=camera,
+                    start=since,
+                    stop=until,
+                    anomalous=anomalous,
+                    failed=failed,
+                    min_score=min_score,
+                    max_score=max_score,
+                    version=version,
+                    human_label=human,
+                    reviewed=reviewed,
+                    disagreement=disagreement,
+                    labels=labels,
+                    limit=limit,
+                )
+                if frames := [frame async for frame in found]:
+                    return frames
+            await check_known(storage, model)
+            return []
 
     frames = run(work())
     if as_json:
@@ -139,14 +139,17 @@ def get(
     typer.echo(json.dumps({**_plain(found.frame), **history}, indent=2))
 
 
-def _labels(given: Sequence[str]) -> dict[str, str]:
+def _labels(given: Sequence[str]) -> list[dict[str, str]]:
+    """What to ask for, in turn until something is found: a source as `vigil stream` sends it, then as it is."""
     found: dict[str, str] = {}
     for text in given:
         name, is_one, value = text.partition("=")
         if not (name and is_one and value):
             raise typer.BadParameter(f"{text} is not NAME=VALUE", param_hint="--label")
-        found[name] = source_label(value) if name == SOURCE else value
-    return found
+        found[name] = value
+    if SOURCE not in found:
+        return [found]
+    return [{**found, SOURCE: source_label(found[SOURCE])}, found]
 
 
 def _people(frame: StoredFrame) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from vigil_common.store.labels import MAX_VALUE_BYTES, encode
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
@@ -19,7 +21,6 @@ _SCHEMES = ("rtsp://", "rtsps://", "rtmp://", "http://", "https://", "udp://")
 _JPEG_QUALITY = 95
 # The label by which a stored frame leads back to its file.
 SOURCE = "source"
-_LONGEST_SOURCE = 1024
 
 
 class SourceError(ValueError):
@@ -56,7 +57,10 @@ class Source:
 
 def source_label(name: str) -> str:
     """A file's name as a label may hold it, which takes ASCII alone."""
-    return quote(os.fsencode(name), safe="/#")[-_LONGEST_SOURCE:]
+    label = quote(os.fsencode(name), safe="/#")
+    while (excess := len(encode(label)) - MAX_VALUE_BYTES) > 0:
+        label = label[-(-excess // 3) :]  # no sign takes more in the store; a file's end tells more than its beginning
+    return label
 
 
 def find_images(folder: Path) -> list[Path]:

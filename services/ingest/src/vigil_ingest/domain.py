@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
 from vigil_common.store.ids import uuid7_time_us
-from vigil_common.store.labels import NAME
+from vigil_common.store.labels import MAX_VALUE_BYTES, NAME, encode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,8 @@ MODEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 # Printable ASCII without comma and double quote: the store carries labels as HTTP headers.
 LABEL_VALUE = re.compile(r"[!#-+\--~](?:[ !#-+\--~]{0,1022}[!#-+\--~])?")
 MAX_LABELS = 32
+# The store keeps 7,000 of a record, and Vigil's own, and those that come later, need their part.
+MAX_LABELS_BYTES = 4_096
 # The store compares labels that read as numbers as numbers: 007 would be found as 7.
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|true|false|inf|nan|infinity", re.IGNORECASE)
 RESERVED = frozenset(
@@ -91,6 +93,7 @@ def check(frame: Submission, *, now_us: int) -> int:
 def _check_labels(labels: Mapping[str, str]) -> None:
     if len(labels) > MAX_LABELS:
         raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this one has {len(labels)}")
+    total = 0
     for name, value in labels.items():
         if not NAME.fullmatch(name):
             raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
@@ -102,3 +105,12 @@ def _check_labels(labels: Mapping[str, str]) -> None:
                 f"label {name} must be 1 to 1,024 printable ASCII characters without comma, double quote or spaces at "
                 "its ends",
             )
+        if (size := len(encode(value))) > MAX_VALUE_BYTES:
+            text = (
+                f"label {name} takes {size:,} bytes in the store, and may {MAX_VALUE_BYTES:,}: with a % in it each sign"
+            )
+            raise InvalidInput("LABEL_INVALID", f"{text} but letters, digits and _.-~ takes three")
+        total += len(name) + size
+    if total > MAX_LABELS_BYTES:
+        text = f"a frame's labels take at most {MAX_LABELS_BYTES:,} bytes together, these {total:,}"
+        raise InvalidInput("LABEL_INVALID", text)

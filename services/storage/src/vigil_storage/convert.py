@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -159,7 +160,8 @@ def stored_frame(record: StoredRecord) -> storage_pb2.StoredFrame:
 def entry_filter(model: str, camera: str) -> FrameFilter:
     """All frames of a model and camera; `InvalidInput` for a name that can't be one."""
     if not gate.ENTRY.fullmatch(f"{model}/{camera or 'any'}"):
-        raise InvalidInput("NAME_INVALID", f"{model!r} and {camera!r} name no model and camera")
+        text = "letters, digits, - and _, at most 64"
+        raise InvalidInput("NAME_INVALID", f"model {model!r}, camera {camera!r}: names are {text}")
     return FrameFilter([f"{model}/{camera or '*'}"])
 
 
@@ -193,6 +195,12 @@ def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:
     if request.HasField("disagreement"):
         equals["agree"] = "false" if request.disagreement else "true"
     reviewed = request.reviewed if request.HasField("reviewed") else None
+    least = request.min_score if request.HasField("min_score") else None
+    most = request.max_score if request.HasField("max_score") else None
+    if any(score is not None and not math.isfinite(score) for score in (least, most)):
+        raise InvalidInput("RANGE_INVALID", "min_score and max_score must be numbers, such as 0.5")
+    if least is not None and most is not None and most < least:
+        raise InvalidInput("RANGE_INVALID", f"no score is at least {least:g} and at most {most:g}")
     return replace(
         entry_filter(request.model, request.camera),
         start_us=start_us,
@@ -200,8 +208,8 @@ def filter_of(request: storage_pb2.QueryRequest) -> FrameFilter:
         equals=equals,
         present=("human",) if reviewed else (),
         absent=("human",) if reviewed is False else (),
-        min_score=request.min_score if request.HasField("min_score") else None,
-        max_score=request.max_score if request.HasField("max_score") else None,
+        min_score=least,
+        max_score=most,
     )
 
 

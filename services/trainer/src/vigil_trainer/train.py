@@ -199,4 +199,9 @@ def _bundle(name: str, graph: bytes, samples: list[NDArray[np.uint8]], lineage: 
 
 
 def _pixels(image: Path | bytes) -> NDArray[np.uint8]:
-    return decode(image if isinstance(image, bytes) else image.read_bytes(), max_pixels=MAX_PIXELS)
+    try:
+        return decode(image if isinstance(image, bytes) else image.read_bytes(), max_pixels=MAX_PIXELS)
+    except InvalidInput as error:
+        if isinstance(image, bytes):
+            raise
+        raise InvalidInput(error.reason, f"{image}: {error.message}") from error

@@ -131,6 +131,7 @@ class LocalWorkers:
         if not started.again_at:
             started.restarts = self._failures(started)
             started.again_at = now + BACKOFF_S * (1 + started.restarts)
+            self.stack.say_that_it_ended(name)
         elif now >= started.again_at:
             started.restarts, started.again_at, started.said, started.since = started.restarts + 1, 0.0, None, now
             self.stack.launch_worker(name, model, version, **started.settings)

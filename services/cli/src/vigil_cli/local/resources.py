@@ -136,12 +136,17 @@ class ResourceFiles:
 
 
 def _checked(document: Any) -> tuple[str, dict[str, Any]]:
+    if not isinstance(document, dict):
+        raise InvalidInput("RESOURCE_INVALID", f"not a resource: {document!r} stands where apiVersion, kind … should")
     try:
         if (document["apiVersion"], document["kind"]) != (f"{GROUP}/{VERSION}", KIND):
             raise InvalidInput("RESOURCE_INVALID", f"only {GROUP}/{VERSION} {KIND} can be applied here")
+        for part in ("metadata", "spec"):
+            if not isinstance(document[part], dict):
+                raise InvalidInput("RESOURCE_INVALID", f"{part} must hold fields, not {document[part]!r}")
         Spec.model_validate(document["spec"])
-        name = str(document["metadata"]["name"])
-        if not _NAME.fullmatch(name):
+        name = document["metadata"]["name"]
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InvalidInput(
                 "RESOURCE_INVALID", f"metadata.name {name!r}: up to 63 lower-case letters, digits and dashes"
             )
@@ -149,7 +154,7 @@ def _checked(document: Any) -> tuple[str, dict[str, Any]]:
     except ValidationError as error:
         said = "; ".join(f"spec.{'.'.join(map(str, e['loc']))}: {_said(e)}" for e in error.errors())
         raise InvalidInput("RESOURCE_INVALID", said) from error
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise InvalidInput("RESOURCE_INVALID", f"not a resource: {error} is missing") from error
 
 

@@ -145,12 +145,17 @@ class LocalStack:
                 if name not in due:
                     due[name] = time.monotonic() + min(_AGAIN_S * ends[name], _AGAIN_AT_MOST_S)
                     ends[name] += 1
-                    self.log(f"{name} ended with code {code} and is started again; its log: {process.log}")
+                    self.say_that_it_ended(name)
                 if time.monotonic() >= due[name]:
                     del due[name]
                     process.start()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), _KEEP_POLL_S)
+
+    def say_that_it_ended(self, name: str) -> None:
+        """Tell of a part that ended by itself, and will be started again."""
+        process = self._processes[name]
+        self.log(f"{name} ended with code {process.returncode} and is started again; its log: {process.log}")
 
     async def restart(self, name: str) -> None:
         """Stop, then start."""
@@ -242,7 +247,10 @@ class LocalStack:
         return f"{scheme}://{self._bind(_REVIEW)}"
 
     async def _up(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StackError(f"{self.folder} can't be a platform's folder: {error.strerror}") from error
         self._keep_alone()
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._ports_before = json.loads((self.folder / "ports.json").read_text())
