@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
 from vigil_common.store.ids import uuid7_time_us
-from vigil_common.store.labels import MAX_VALUE_BYTES, NAME, encode
+from vigil_common.store.labels import MAX_VALUE_BYTES, check_client_names, encode
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +18,6 @@ CAMERA = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 MODEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 # Printable ASCII without comma and double quote: the store carries labels as HTTP headers.
 LABEL_VALUE = re.compile(r"[!#-+\--~](?:[ !#-+\--~]{0,1022}[!#-+\--~])?")
-MAX_LABELS = 32
 # The store keeps 7,000 of a record, and Vigil's own, and those that come later, need their part.
 MAX_LABELS_BYTES = 4_096
 # The store compares labels that read as numbers as numbers: 007 would be found as 7.
@@ -91,12 +90,9 @@ def check(frame: Submission, *, now_us: int) -> int:
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:
-    if len(labels) > MAX_LABELS:
-        raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this one has {len(labels)}")
+    check_client_names(labels.keys(), "this one has")
     total = 0
     for name, value in labels.items():
-        if not NAME.fullmatch(name):
-            raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
         if name in RESERVED:
             raise InvalidInput("LABEL_INVALID", f"label {name} is Vigil's own; choose another name")
         if not LABEL_VALUE.fullmatch(value):

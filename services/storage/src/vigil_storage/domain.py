@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vigil_common.errors import InvalidInput
-from vigil_common.store.labels import NAME
+from vigil_common.store.labels import check_client_names
 from vigil_common.store.retained import COPY
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ RESERVED = frozenset(
         COPY,
     )
 )
-MAX_NAME_LENGTH, MAX_LABELS = 64, 32
+MAX_NAME_LENGTH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +112,8 @@ def asked_labels(labels: Mapping[str, str]) -> dict[str, str]:
     Raises:
         InvalidInput: LABEL_INVALID.
     """
-    if len(labels) > MAX_LABELS:
-        raise InvalidInput("LABEL_INVALID", f"a frame carries at most {MAX_LABELS} labels, this asks for {len(labels)}")
+    check_client_names(labels.keys(), "this asks for")
     for name in labels:
-        if not NAME.fullmatch(name):
-            raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
         if name in RESERVED:
             text = f"label {name} is Vigil's own; a client's label of that name is stored as client_{name}"
             raise InvalidInput("LABEL_INVALID", text)

@@ -9,12 +9,14 @@ from urllib.parse import quote, unquote
 from vigil_common.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from vigil_common.store.ports import Labelling, Record
 
 MAX_LABELS = 80
 MAX_VALUE_BYTES = 1024
+# Of a frame, from its client.
+MAX_CLIENT_LABELS = 32
 # All labels of a record come back in one header line, and common HTTP clients read 8,190 bytes of one.
 MAX_BYTES = 7_000
 # What may come later, all changes together; the rest is left for what has to be kept short by its nature.
@@ -57,6 +59,20 @@ def check(record: Record) -> None:
     check_labels(record.labels)
     if not {"frame_id", "sha256"} <= record.labels.keys():
         raise InvalidInput("LABELS_INCOMPLETE", "a record needs the labels frame_id and sha256")
+
+
+def check_client_names(names: Collection[str], said: str) -> None:
+    """Raise `InvalidInput` LABEL_INVALID for names that a client can't have given a frame's labels.
+
+    Args:
+        names: Of all labels.
+        said: What stands before their number, such as "this one has".
+    """
+    if len(names) > MAX_CLIENT_LABELS:
+        text = f"a frame carries at most {MAX_CLIENT_LABELS} labels, {said} {len(names)}"
+        raise InvalidInput("LABEL_INVALID", text)
+    if not all(map(NAME.fullmatch, names)):
+        raise InvalidInput("LABEL_INVALID", "label names are 1 to 64 of a-z, 0-9 and _, and begin with a letter")
 
 
 def check_change(change: Labelling) -> None:
