@@ -15,6 +15,7 @@ from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput, Unavailable
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Candidate, Live, sampled
+from vigil_inference import outbox as outbox_module
 from vigil_inference import worker as module
 from vigil_inference.pipeline import Judged
 from vigil_inference.roles import Role
@@ -537,8 +538,8 @@ async def test_what_a_stuck_worker_holds_another_one_takes_and_the_stuck_one_end
 async def test_large_pictures_leave_one_at_a_time_and_nothing_is_read_beside_many_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "EMIT_BYTES", 1)
-    monkeypatch.setattr(module, "OUTBOX_BYTES", 1)
+    monkeypatch.setattr(outbox_module, "EMIT_BYTES", 1)
+    monkeypatch.setattr(outbox_module, "OUTBOX_BYTES", 1)
     bench = Bench(prefetch=4)
     bench.source.away = True
     await bench.admit_many(6)
@@ -567,7 +568,7 @@ async def test_verdicts_wait_for_redis_and_are_not_made_again() -> None:
 
 
 async def test_verdicts_that_can_not_leave_stop_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OUTBOX_AT_MOST", 4)
+    monkeypatch.setattr(outbox_module, "OUTBOX_AT_MOST", 4)
     bench = Bench(prefetch=2)
     bench.source.away = True
     await bench.admit_many(20)
