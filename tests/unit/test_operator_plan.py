@@ -8,9 +8,9 @@ import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vigil_common.errors import Unavailable
+from vigil_operator.effects import RESYNC_S
 from vigil_operator.observed import Description, Problem
 from vigil_operator.phases import TRANSITIONS, Event, NotAllowed, Phase, after
-from vigil_operator.plan import RESYNC_S
 
 from tests.support.rollout import BAD, FEW, GOOD, MODEL, Cut, World, digest_of, spec_of
 

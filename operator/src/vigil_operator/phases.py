@@ -34,6 +34,10 @@ class Phase(enum.StrEnum):
     SUSPENDED = "Suspended"
 
 
+# One version gives way to another; nothing comes between.
+BETWEEN_VERSIONS = frozenset({Phase.PROMOTING, Phase.ROLLING_BACK})
+
+
 class Event(enum.Enum):
     """What leads on."""
 

@@ -12,33 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from vigil_common.evidence import Decision, Outcome, decide
 from vigil_common.evidence import Gates as EvidenceGates
-from vigil_common.streams.ports import Candidate, Live
 
-from vigil_operator.actions import (
-    Action,
-    Emit,
-    EnsureModel,
-    EnsureWorkers,
-    KeepFraction,
-    Plan,
-    RemoveWorkers,
-    WriteRoute,
-    WriteStatus,
-)
+from vigil_operator.actions import Action, Emit, Plan, WriteStatus
 from vigil_operator.conditions import conditions
+from vigil_operator.effects import RESYNC_S, effects, numerics_of, wake_after_s, wanted_route
 from vigil_operator.observed import (
     Observed,
     Published,
     Request,
     Resource,
-    RouteSeen,
     Workload,
     may_be,
     resolve,
     since_s,
     why_unknown,
 )
-from vigil_operator.phases import Event, Phase, after
+from vigil_operator.phases import BETWEEN_VERSIONS, Event, Phase, after
 from vigil_operator.refusals import BY_A_PERSON, TRY_AGAIN, turned_down
 from vigil_operator.spec import LATEST, duration_s
 from vigil_operator.status import (
@@ -56,10 +45,8 @@ from vigil_operator.status import (
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from vigil_operator.spec import Gates, Numerics
+    from vigil_operator.spec import Gates
 
-# How soon to look again, seconds.
-SOON_S, POLL_S, RESYNC_S = 0.2, 1.0, 60.0
 # Numbers of the comparison are written into the status this often at most.
 SHADOW_STATUS_S = 5.0
 
@@ -67,7 +54,6 @@ _LOADING = "its workers load and prove the bundle"
 _NOTHING_COMPARED = "no frame compared yet"
 _REQUEST_HELP = "write promote, force-promote, abort, rollback or retry, then a digest or -, then an id"
 _WITH_SHADOW = frozenset({Phase.SHADOWING, Phase.AWAITING_APPROVAL, Phase.HELD})
-_NOT_INTERRUPTED = frozenset({Phase.PROMOTING, Phase.ROLLING_BACK})
 _ABOUT_ANOTHER_VERSION = frozenset({Event.CANDIDATE_CHOSEN, Event.FAILED_BEFORE, Event.REFUSED_BEFORE})
 
 
@@ -98,8 +84,9 @@ def plan(resource: Resource, status: Status, seen: Observed, now: datetime) -> P
     draft.follow_numerics(target)
     draft.count_workers()
     draft.explain(target)
-    effects = draft.effects()
-    return Plan((*draft.status_action(status), *effects, *draft.events), draft.wake_after_s(effects))
+    actions = effects(resource.spec, draft.status, seen, now)
+    wake_s = wake_after_s(draft.status, seen, now, actions)
+    return Plan((*draft.status_action(status), *actions, *draft.events), wake_s)
 
 
 class _Draft:
@@ -177,7 +164,7 @@ class _Draft:
     def follow_threshold(self, target: Published | None) -> None:
         """A changed threshold is for what runs, unless it came together with another version."""
         asked, live, candidate = self.spec.threshold, self.status.live, self.status.candidate
-        if target is None or self.status.phase in _NOT_INTERRUPTED:
+        if target is None or self.status.phase in BETWEEN_VERSIONS:
             return
         is_target = live is not None and live.digest == target.digest
         is_candidate = candidate is not None and candidate.digest == target.digest
@@ -202,14 +189,11 @@ class _Draft:
             if version is not None and version.numerics is None:
                 self.change(**{name: version.model_copy(update={"numerics": asked})})
         live = self.status.live
-        if live is None or target is None or self.status.phase in _NOT_INTERRUPTED:
+        if live is None or target is None or self.status.phase in BETWEEN_VERSIONS:
             return
         if live.digest == target.digest and live.numerics != asked:
             self.change(live=live.model_copy(update={"numerics": asked}))
             self.events.append(Emit("RuntimeChanged", f"version {live.version} now runs as {asked}"))
-
-    def _numerics(self, version: VersionStatus) -> Numerics:
-        return version.numerics or self.spec.runtime.numerics
 
     def _compare_anew(self, why: str) -> None:
         """What was counted before says nothing of what is compared now."""
@@ -226,7 +210,7 @@ class _Draft:
     def answer(self, target: Published | None) -> None:
         """Deal with a request, once."""
         request = self.resource.request
-        if request is None or request.text == self.status.last_request or self.status.phase in _NOT_INTERRUPTED:
+        if request is None or request.text == self.status.last_request or self.status.phase in BETWEEN_VERSIONS:
             return
         refusal = self._refusal(request, target)
         self.change(last_request=request.text, last_request_refused=refusal)
@@ -352,7 +336,7 @@ class _Draft:
         elif status.live is not None and status.live.digest == target.digest:
             self._settle(target)
         elif status.candidate is not None and status.candidate.digest == target.digest:
-            if self._numerics(status.candidate) == self.spec.runtime.numerics:
+            if numerics_of(status.candidate, self.spec) == self.spec.runtime.numerics:
                 return False
             self._begin(target)
         elif (failure := turned_down(self.resource, self.status, target)) is not None:
@@ -420,7 +404,7 @@ class _Draft:
                 self.fail(candidate, "ParityFailed", f"{worker.parity_failed} parity samples differ on {worker.worker}")
                 return
         # While its pods are replaced by such with other numerics, those of before are ready, too.
-        wanted = str(self._numerics(candidate))
+        wanted = str(numerics_of(candidate, self.spec))
         proven = sum(worker.numerics == wanted for worker in workers.described) if workers else 0
         if workers and workers.ready >= workers.desired and proven >= workers.ready > 0 and self._nothing_compared():
             self._verified(candidate)
@@ -485,7 +469,7 @@ class _Draft:
 
     def _decision(self) -> Decision | None:
         """What the gates say of the comparison, which goes into the status."""
-        report, seen, wanted = self.seen.report, self.seen.route, self.route()
+        report, seen, wanted = self.seen.report, self.seen.route, wanted_route(self.spec, self.status)
         # Until the route says what is compared, thresholds too, the report is of an earlier comparison.
         if seen is None or wanted is None or (seen.live, seen.candidate) != (wanted.live, wanted.candidate):
             return None
@@ -587,67 +571,9 @@ class _Draft:
         self.change(replicas=max(workers.desired, workers.ready) if workers else 0)
         self.change(selector=f"vigil.dev/anomalymodel={self.resource.name}")
 
-    def _kept(self) -> dict[str, VersionStatus]:
-        """Versions that have workers."""
-        status = self.status
-        kept: list[VersionStatus | None] = [status.live, status.candidate]
-        if status.previous is not None:
-            warm = self.now < status.previous.warm_until
-            if warm or status.phase in _NOT_INTERRUPTED:
-                # First, for it may be the candidate as well.
-                kept.insert(0, status.previous)
-        return {version.digest: version for version in kept if version is not None}
-
-    def route(self) -> RouteSeen | None:
-        """The route as it should be; None where nothing is live."""
-        live, candidate = self.status.live, self.status.candidate
-        if live is None:
-            return None
-        shadow = None
-        if candidate is not None and candidate.shadowing_since is not None:
-            fraction = self.spec.rollout.sample_fraction
-            shadow = Candidate(candidate.version, candidate.digest, candidate.threshold, fraction)
-        kept = self.spec.retention.normal.keep_fraction
-        return RouteSeen(Live(live.version, live.digest, live.threshold), shadow, kept)
-
-    def effects(self) -> tuple[Action, ...]:
-        """What makes the world as the status says."""
-        kept = self._kept()
-        live = self.status.live
-        actions: list[Action] = [EnsureModel(live.digest if live else None)] if kept else []
-        actions += [
-            EnsureWorkers(version.version, version.digest, self._numerics(version)) for version in kept.values()
-        ]
-        route = self.route()
-        seen = self.seen.route
-        if route is not None and route.live is not None and seen is not None:
-            # First, so that no frame of a new route is dropped or kept by another rule.
-            if route.kept_fraction != seen.kept_fraction:
-                actions.append(KeepFraction(route.kept_fraction))
-            if (route.live, route.candidate, route.ours) != (seen.live, seen.candidate, seen.ours):
-                actions.append(WriteRoute(route.live, route.candidate))
-        # Nothing goes before the route is known to lead elsewhere.
-        if seen is not None and (route or RouteSeen(None, None, seen.kept_fraction)) == seen:
-            unneeded = sorted(set(self.seen.workloads or {}) - set(kept))
-            actions += [RemoveWorkers(digest) for digest in unneeded]
-        return tuple(actions)
-
     def status_action(self, old: Status) -> tuple[Action, ...]:
         """Write the status where it has changed."""
         return () if self.status.to_json() == old.to_json() else (WriteStatus(self.status),)
-
-    def wake_after_s(self, effects: tuple[Action, ...]) -> float:
-        """When to look again."""
-        if any(isinstance(action, WriteRoute) for action in effects):
-            return 0.0
-        if self.status.phase in _NOT_INTERRUPTED:
-            return SOON_S
-        if self.status.candidate is not None or self.seen.away or self.seen.workloads is None:
-            return POLL_S
-        previous = self.status.previous
-        if previous is not None and self.now < previous.warm_until:
-            return min(RESYNC_S, since_s(self.now, previous.warm_until) + SOON_S)
-        return RESYNC_S
 
 
 def _plain(version: VersionStatus) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from vigil_operator.actions import (
     WriteRoute,
     WriteStatus,
 )
+from vigil_operator.effects import POLL_S, RESYNC_S
 from vigil_operator.observed import NAME_TAKEN, REFUSED, Observed, Problem, RouteSeen, Workload
 from vigil_operator.phases import Phase
-from vigil_operator.plan import POLL_S, RESYNC_S, plan
+from vigil_operator.plan import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
