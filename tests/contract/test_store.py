@@ -29,8 +29,9 @@ from vigil_common.store.ports import (
     Record,
     Written,
 )
-from vigil_common.store.reduct import BLOCK_RECORDS, ReductFrameStore, condition
+from vigil_common.store.reduct import BLOCK_RECORDS, ReductFrameStore
 from vigil_common.store.reduct_models import ReductModelStore
+from vigil_common.store.reduct_query import condition
 
 from tests.support.reduct import ReductServer, find_binary, reduct_server
 
