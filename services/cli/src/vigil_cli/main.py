@@ -11,6 +11,7 @@ from vigil_cli.annotate import annotate
 from vigil_cli.check import check
 from vigil_cli.evaluate import evaluate
 from vigil_cli.export import export
+from vigil_cli.local import commands as local
 from vigil_cli.optimise import optimise
 from vigil_cli.options import run
 from vigil_cli.review import review
@@ -30,7 +31,7 @@ models.app.command()(optimise)
 app.add_typer(models.app, name="model")
 app.add_typer(shadow.app, name="shadow")
 app.add_typer(sites.app, name="site")
-app.add_typer(rollout.local, name="local")
+app.add_typer(local.app, name="local")
 for verb in rollout.VERBS:
     app.command()(verb)
 

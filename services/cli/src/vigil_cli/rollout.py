@@ -8,24 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
-import subprocess
 import time
 import uuid
 from collections import deque
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.table import Column, Table
 from rich.text import Text
 from vigil_client import StorageClient, StoredFrame
-from vigil_common.errors import Conflict, InvalidInput, NotFound, Unavailable
+from vigil_common.errors import Conflict, Unavailable
 from vigil_operator.observed import REQUEST_ANNOTATION
-from vigil_operator.spec import GROUP, PLURAL
 
-from vigil_cli import INTERRUPTED
+from vigil_cli.kubectl import KubectlResources
 from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.options import (
     DEFAULT_STORAGE,
@@ -39,9 +36,6 @@ from vigil_cli.options import (
     run,
     start_it,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 REQUEST_DEADLINE_S = 30.0
 ROLLBACK_DEADLINE_S = 600.0
@@ -70,39 +64,6 @@ class Resources(Protocol):
         ...
 
 
-class KubectlResources:
-    """By kubectl, with its ways to find and enter a cluster."""
-
-    def __init__(self, namespace: str | None, context: str | None) -> None:
-        self._options = [*(["-n", namespace] if namespace else []), *(["--context", context] if context else [])]
-
-    def _kubectl(self, *arguments: str) -> str:
-        command = ["kubectl", *self._options, *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - the user's
-        except FileNotFoundError as error:
-            raise InvalidInput("NO_KUBECTL", "kubectl is not on the path") from error
-        if done.returncode:
-            message = done.stderr.strip() or done.stdout.strip()
-            raise (NotFound if "NotFound" in message else Unavailable)("KUBECTL_FAILED", message)
-        return done.stdout
-
-    def names(self) -> list[str]:
-        """Every resource of the namespace."""
-        found = json.loads(self._kubectl("get", f"{PLURAL}.{GROUP}", "-o", "json"))
-        return [item["metadata"]["name"] for item in found["items"]]
-
-    def get(self, name: str) -> dict[str, Any]:
-        """A resource with its status."""
-        found: dict[str, Any] = json.loads(self._kubectl("get", f"{PLURAL}.{GROUP}", name, "-o", "json"))
-        return found
-
-    def patch(self, name: str, patch: dict[str, Any]) -> None:
-        """Merge a patch into it."""
-        self._kubectl("patch", f"{PLURAL}.{GROUP}", name, "--type=merge", "-p", json.dumps(patch))
-
-
-local = typer.Typer(help="The whole platform on this machine.", no_args_is_help=True)
 kubectl = typer.Typer(help="Rollouts of AnomalyModels in Kubernetes.", no_args_is_help=True)
 _where: Resources = ResourceFiles(Path(os.environ.get(FOLDER_VARIABLE, FOLDER)))
 
@@ -130,7 +91,8 @@ def _nobody_looks(where: Resources) -> str:
     return ""
 
 
-def _warn(where: Resources) -> None:
+def warn(where: Resources) -> None:
+    """Say so where nobody looks after these."""
     if why := _nobody_looks(where):
         errors.print(why, soft_wrap=True)
 
@@ -164,7 +126,7 @@ def status(
         names = [name] if name else await asyncio.to_thread(_where.names)
         return [await asyncio.to_thread(_where.get, each) for each in names]
 
-    _warn(_where)
+    warn(_where)
     found = run(work())
     if as_json:
         for body in found:
@@ -376,85 +338,3 @@ async def _newest(storage: StorageClient, model: str, version: int) -> list[Stor
 VERBS = (status, promote, abort, rollback, pause, resume, history, diff, report, threshold)
 for _verb in VERBS:
     kubectl.command()(_verb)
-
-
-Folder = Annotated[Path, typer.Option(envvar=FOLDER_VARIABLE, help="The platform's folder.")]
-
-
-@local.command()
-def up(folder: Folder = FOLDER) -> None:
-    """Start Valkey, ReductStore and every service, and look after the applied AnomalyModels, until Ctrl-C."""
-    from vigil_cli.local import LocalStack, StackError  # noqa: PLC0415 - needs the demo extra
-    from vigil_cli.local.operator import look_after  # noqa: PLC0415
-
-    async def work() -> None:
-        stop, loop, starting = asyncio.Event(), asyncio.get_running_loop(), asyncio.current_task()
-
-        def on_signals(act: Callable[[], object]) -> None:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, act)
-
-        def say(text: str) -> None:
-            console.print(text, soft_wrap=True)
-
-        assert starting is not None  # noqa: S101 - this is a task
-        on_signals(starting.cancel)
-        try:
-            async with LocalStack(folder, log=say) as stack:
-                on_signals(stop.set)
-                addresses = {
-                    "VIGIL_ADDRESS": stack.ingest_address,
-                    "VIGIL_STORAGE_ADDRESS": stack.storage_address,
-                    "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
-                    "VIGIL_INFERENCE_ADDRESS": stack.inference_address,
-                    FOLDER_VARIABLE: str(stack.folder),
-                }
-                lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())
-                (stack.folder / "env").write_text(lines)
-                say(f"review page: {await stack.add_review(inference_address=stack.inference_address)}")
-                say(f"up; in other terminals first: source {stack.folder / 'env'}")
-                keeping = asyncio.create_task(stack.keep_up(stop))
-                try:
-                    await look_after(stack, stop)
-                finally:  # before the stack takes its parts down
-                    stop.set()
-                    await keeping
-        except StackError as error:
-            raise Unavailable("STACK_DOWN", str(error)) from error
-        except asyncio.CancelledError:
-            say("stopped before it was up")
-            raise typer.Exit(INTERRUPTED) from None
-
-    run(work())
-
-
-@local.command("apply")
-def apply_(
-    file: Annotated[Path, typer.Option("--file", "-f", exists=True, dir_okay=False, help="YAML of AnomalyModels.")],
-    *,
-    folder: Folder = FOLDER,
-) -> None:
-    """Ask for what a YAML file says; the same file works with kubectl."""
-
-    async def work() -> list[str]:
-        try:
-            text = await asyncio.to_thread(file.read_text, "utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidInput("RESOURCE_INVALID", f"{file} is not UTF-8: {error.reason}") from error
-        return await asyncio.to_thread(ResourceFiles(folder).apply, text)
-
-    _warn(ResourceFiles(folder))
-    for name in run(work()):
-        console.print(f"anomalymodel/{name} applied")
-
-
-@local.command()
-def delete(name: Name, *, folder: Folder = FOLDER) -> None:
-    """Remove an AnomalyModel: its workers end, and ingest takes no more frames for it."""
-
-    async def work() -> None:
-        await asyncio.to_thread(ResourceFiles(folder).delete, name)
-
-    _warn(ResourceFiles(folder))
-    run(work())
-    console.print(f"anomalymodel/{name} deleted")
