@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from redis.crc import key_slot
 from redis.exceptions import ClusterError, ReadOnlyError, ResponseError
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput, Unavailable
@@ -520,6 +521,29 @@ async def test_a_cluster_that_is_not_there_is_waited_for(tmp_path: Path) -> None
             with pytest.raises(Unavailable):
                 await call
     await streams.close()
+
+
+async def test_a_cluster_whose_one_server_hangs_takes_the_frames_of_models_on_the_others(tmp_path: Path) -> None:
+    cluster = ValkeyCluster(tmp_path / "cluster").start()
+    streams = await RedisStreams.connect(cluster.url)
+
+    async def admitted(model: str, frame_id: str) -> Admission:
+        return (
+            await streams.queue.admit(model, frame_id=frame_id, sha256=b"s", header=b"h", image=IMAGE, reply_to="")
+        ).state
+
+    on_first = {key_slot(f"{{{name}}}".encode()) < 8192: name for name in "abcdefgh"}
+    await asyncio.gather(*(admitted(name, "f1") for name in on_first.values()))
+    cluster.nodes[1].freeze()
+    try:
+        hangs = asyncio.create_task(admitted(on_first[False], "f2"))
+        async with asyncio.timeout(2.5):  # less than the hanging one's time-out
+            assert [await admitted(on_first[True], f"f{number}") for number in (2, 3)] == [Admission.ADMITTED] * 2
+    finally:
+        cluster.nodes[1].freeze(frozen=False)
+    assert await hangs is Admission.ADMITTED
+    await streams.close()
+    cluster.stop()
 
 
 def test_what_says_that_redis_is_away_is_told_from_what_is_wrong() -> None:

@@ -66,6 +66,11 @@ class ValkeyProcess:
             connection.sendall("".join([f"*{len(words)}\r\n", *(f"${len(w)}\r\n{w}\r\n" for w in words)]).encode())
             return connection.recv(1 << 16).decode()
 
+    def freeze(self, *, frozen: bool = True) -> None:
+        """Stop it where it is, or let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
     def kill(self) -> None:
         """As the power fails."""
         self._end(signal.SIGKILL)
@@ -88,7 +93,7 @@ class ValkeyCluster:
         # By itself a node takes a port 10,000 higher for the others, which may be taken or be none at all.
         self._bus_ports = [str(free_port()) for _ in ("a", "b")]
         settings = ("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf")
-        self._nodes = [
+        self.nodes = [
             ValkeyProcess(folder / name, *settings, "--cluster-port", port)
             for name, port in zip(("a", "b"), self._bus_ports, strict=True)
         ]
@@ -96,16 +101,16 @@ class ValkeyCluster:
     @property
     def url(self) -> str:
         """Where one of them is."""
-        return self._nodes[0].url.replace("redis://", "redis+cluster://")
+        return self.nodes[0].url.replace("redis://", "redis+cluster://")
 
     def start(self) -> Self:
         """Start, share out the slots, and wait until both agree."""
-        first, second = (node.start() for node in self._nodes)
+        first, second = (node.start() for node in self.nodes)
         for node, slots in ((first, (0, 8191)), (second, (8192, 16383))):
             node.ask("CLUSTER", "ADDSLOTSRANGE", *map(str, slots))
         first.ask("CLUSTER", "MEET", "127.0.0.1", str(second.port), self._bus_ports[1])
         deadline = time.monotonic() + DEADLINE_S
-        while not all("cluster_state:ok" in node.ask("CLUSTER", "INFO") for node in self._nodes):
+        while not all("cluster_state:ok" in node.ask("CLUSTER", "INFO") for node in self.nodes):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the nodes did not become a cluster within {DEADLINE_S} s")
             time.sleep(0.05)
@@ -113,5 +118,5 @@ class ValkeyCluster:
 
     def stop(self) -> None:
         """Both."""
-        for node in self._nodes:
+        for node in self.nodes:
             node.stop()

@@ -161,8 +161,9 @@ class Connection:
     def __init__(self, client: aredis.Redis | RedisCluster) -> None:
         self.client: Any = client
         self.clustered = isinstance(client, RedisCluster)
-        self._waiting: list[_Each] = []
-        self._flusher: asyncio.Task[None] | None = None
+        # By what travels together: all of a server's, or of a cluster, where a part may be away, each model's.
+        self._waiting: dict[str, list[_Each]] = {}
+        self._flushers: dict[str, asyncio.Task[None]] = {}
         # Connections that nobody uses at the moment; on one node.
         self._idle: list[Any] = []
         # How often a server said that it can't serve; what was connected before the last time is not used again.
@@ -253,14 +254,18 @@ class Connection:
             arguments: The thing's.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Each(script, shared, key, arguments, future))
-        if self._flusher is None or self._flusher.done():
-            self._flusher = asyncio.create_task(self._flush())
+        way = shared.keys[0] if self.clustered else ""
+        waiting = self._waiting.setdefault(way, [])
+        waiting.append(_Each(script, shared, key, arguments, future))
+        flusher = self._flushers.get(way)
+        if flusher is None or flusher.done():
+            self._flushers[way] = asyncio.create_task(self._flush(waiting))
         return await future
 
-    async def _flush(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting[:EACH_AT_MOST], self._waiting[EACH_AT_MOST:]
+    async def _flush(self, waiting: list[_Each]) -> None:
+        while waiting:
+            batch = waiting[:EACH_AT_MOST]
+            del waiting[:EACH_AT_MOST]
             groups = _grouped(batch)
             calls = [_call(group) for group in groups]
             results: Sequence[Any]
