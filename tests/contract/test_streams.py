@@ -581,6 +581,25 @@ async def test_a_server_that_became_a_replica_is_away_not_broken(tmp_path: Path)
     server.stop()
 
 
+async def test_a_server_that_is_busy_with_a_script_is_away_not_broken(tmp_path: Path) -> None:
+    server = ValkeyProcess(tmp_path / "valkey", "--busy-reply-threshold", "1").start()
+    streams = await RedisStreams.connect(server.url)
+    await admit(streams, "f1")
+    running = asyncio.create_task(asyncio.to_thread(server.ask, "EVAL", "while true do end", "0"))
+    while not server.ask("PING").startswith("-BUSY"):
+        await asyncio.sleep(0.01)
+    try:
+        for call in (admit(streams, "f2"), streams.source(M, "a").read(count=1, block_ms=100), streams.routing.get(M)):
+            with pytest.raises(Unavailable):
+                await call
+    finally:
+        server.ask("SCRIPT", "KILL")
+    await running
+    assert (await admit(streams, "f2")).state is Admission.ADMITTED
+    await streams.close()
+    server.stop()
+
+
 async def test_after_a_failover_behind_one_address_no_connection_stays_with_the_old_primary(tmp_path: Path) -> None:
     old, new = (ValkeyProcess(tmp_path / name).start() for name in ("old", "new"))
     async with Link(old.port) as link:
