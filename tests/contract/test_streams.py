@@ -199,6 +199,22 @@ async def test_the_budget_refuses_and_room_comes_back_only_when_storage_is_done(
     ]
 
 
+async def test_a_frame_that_somebody_took_out_of_the_queue_keeps_no_others_in_it(valkey: ValkeyProcess) -> None:
+    streams = await RedisStreams.connect(valkey.url, budget_bytes=BUDGET)
+    await streams.queue._connection.command("FLUSHALL")
+    await judge(streams, "f1")
+    valkey.ask("XTRIM", f"vigil:{{{M}}}:frames", "MAXLEN", "0")
+    await judge(streams, "f2")
+    outcomes = streams.outcomes(M, "s")
+    gone, found = await outcomes.read(count=10, block_ms=100)
+    assert gone.frame is None
+    await outcomes.done([gone, found])
+    assert await outcomes.trim() == 1
+    depth = await streams.queue.depth(M)
+    assert (depth.frames, depth.image_bytes, depth.unstored) == (0, 0, 0)
+    await streams.close()
+
+
 async def test_a_frame_not_yet_judged_is_never_trimmed(streams: Streams) -> None:
     await admit(streams, "f1")
     await admit(streams, "f2")

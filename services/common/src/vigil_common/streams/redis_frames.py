@@ -274,9 +274,13 @@ class RedisOutcomeSource:
             frames = await self._connection.commands(
                 [("XRANGE", frames_key, fields[b"e"], fields[b"e"]) for _, fields in present]
             )
+        read = list(zip(present, raise_errors(frames), strict=True))
+        if gone := [fields[b"e"] for (_, fields), found in read if not found]:
+            # Somebody took them out by hand; nobody stores them, and all that came after would wait for that.
+            await self._connection.command("ZREM", f"{self._start}unstored", *gone)
         return [
             QueuedOutcome(entry_id.decode(), fields[b"v"], _frame(*found[0]) if found else None)
-            for (entry_id, fields), found in zip(present, raise_errors(frames), strict=True)
+            for (entry_id, fields), found in read
         ]
 
     async def done(self, outcomes: Sequence[QueuedOutcome]) -> None:
