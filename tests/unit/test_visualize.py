@@ -72,6 +72,14 @@ def test_the_text_is_on_it() -> None:
     assert np.array_equal(written[40:], blank[40:])
 
 
+def test_the_text_is_no_wider_than_a_narrow_strip() -> None:
+    canvas = np.full((3000, 200), 100, dtype=np.uint8)
+    blank, written = (visualize.full(canvas, MAP, MASK, text) for text in ("", "0.900 anomalous"))
+    assert (written[:40] > 220).all(axis=2).sum() > 20
+    assert np.array_equal(written[:, 150:], blank[:, 150:])
+    assert np.array_equal(written[40:], blank[40:])
+
+
 def test_map_and_mask_become_eight_bits_with_clipped_ends() -> None:
     odd = np.array([[-1, 0, 0.5, 1, 2, np.nan]], dtype=np.float32)
     assert visualize.map_pixels(odd).tolist() == [[0, 0, 128, 255, 255, 0]]

@@ -90,7 +90,7 @@ def full(pixels: Pixels, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool
     blended = Image.blend(Image.fromarray(canvas), Image.fromarray(HEAT[np.asarray(grey)]), HEAT_SHARE)
     picture = Image.fromarray(_outlined(np.asarray(blended), mask))
     draw = ImageDraw.Draw(picture)
-    size = max(12, height // 24)
+    size = max(12, min(height, width) // 24)  # of a strip's length it would be larger than Pillow draws at all
     box = draw.textbbox((6, 4), text, font_size=size)
     draw.rectangle((box[0] - 4, box[1] - 2, box[2] + 4, box[3] + 2), fill=(0, 0, 0))
     draw.text((6, 4), text, fill=(255, 255, 255), font_size=size)
