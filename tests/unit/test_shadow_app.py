@@ -229,6 +229,7 @@ class FakeJudge:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.busy = 0
+        self.stays_for = 1_000  # images; then another version is at its address
 
     async def version(self) -> tuple[str, int, str]:
         return MODEL, 2, CANDIDATE
@@ -243,7 +244,8 @@ class FakeJudge:
         if number % 7 == 6:
             return Failed("IMAGE_TRUNCATED")
         anomalous = number % 5 == 0
-        return Said(CANDIDATE, 2, 0.9 if anomalous else 0.1, 0.5, anomalous)
+        digest = CANDIDATE if len(self.asked) <= self.stays_for else "sha256:another"
+        return Said(digest, 2, 0.9 if anomalous else 0.1, 0.5, anomalous)
 
     async def close(self) -> None:
         pass
@@ -288,6 +290,20 @@ async def test_a_worker_that_is_busy_for_a_moment_is_asked_again(monkeypatch: py
     async for _ in replay(asked(), streams.reports, FakeArchive(5), judge):
         pass
     assert judge.asked == ["f0", "f1", "f3", "f4"]
+
+
+async def test_a_replay_counts_nothing_of_another_version_that_has_taken_the_workers_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PAGE", 4)
+    streams, judge = MemoryStreams(), FakeJudge()
+    judge.stays_for = 4
+    with pytest.raises(NotFound, match="version 2, and the replay goes on"):
+        async for _ in replay(asked(), streams.reports, FakeArchive(8), judge):
+            pass
+    assert (await streams.reports.fields(MODEL, "replay-week"))["replayed"] == "4"
+    last = [progress async for progress in replay(asked(), streams.reports, FakeArchive(8), FakeJudge())][-1]
+    assert (last.frames, last.done) == (8, True)
 
 
 async def test_a_replay_keeps_to_its_rate() -> None:

@@ -16,7 +16,7 @@ from vigil_common.errors import Conflict, InvalidInput, NotFound, Unavailable
 from vigil_common.streams.ports import Disagreed, ReportStep
 
 from vigil_shadow import convert
-from vigil_shadow.domain import Pair
+from vigil_shadow.domain import Pair, Said
 from vigil_shadow.ports import StoredRange
 from vigil_shadow.tally import Tally
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vigil_common.streams.ports import ReportStore
 
-    from vigil_shadow.domain import Failed, Said
+    from vigil_shadow.domain import Failed
     from vigil_shadow.ports import Archive, Judge, StoredFrame
 
 ID = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
@@ -96,7 +96,7 @@ async def replay(
     """Replay, from where it is to its end; says how far it is after each page.
 
     Raises:
-        NotFound: UNKNOWN_VERSION: the worker has another version.
+        NotFound: UNKNOWN_VERSION: the worker has another version, or has one by now.
         Conflict: REPLAY_EXISTS: the id stands for another replay. REPLAY_RUNS: another call is at it.
         Unavailable: Storage or the worker are away; the same call goes on later.
     """
@@ -115,6 +115,12 @@ async def replay(
                 tally.adds["dropped"] += 1
                 continue
             said = await _judged(judge, frame, image)
+            if isinstance(said, Said) and said.digest != fields["candidate_digest"]:
+                raise NotFound(
+                    "UNKNOWN_VERSION",
+                    f"the worker at {request.worker} now has version {said.version}; name one that has version "
+                    f"{request.version}, and the replay goes on",
+                )
             tally.add(Pair(frame.frame_id, frame.live, said, frame.origin))
         tally.close()
         done += len(frames)
