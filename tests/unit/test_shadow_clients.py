@@ -1,17 +1,22 @@
-"""Which reviews are counted for a comparison."""
+"""Which reviews are counted for a comparison, and what a worker's answer says of an image."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from vigil.storage.v1 import storage_pb2
 from vigil.types.v1 import types_pb2
+from vigil_common.errors import InvalidInput
 from vigil_shadow import clients
-from vigil_shadow.clients import StorageReviews
+from vigil_shadow.clients import StorageReviews, WorkerJudge
+from vigil_shadow.domain import Failed, Said
 from vigil_shadow.report import Report
+
+if TYPE_CHECKING:
+    from vigil.inference.v1 import inference_pb2
 
 LIVE, CANDIDATE = (f"sha256:{letter * 64}" for letter in "ab")
 
@@ -100,3 +105,30 @@ async def test_a_look_goes_on_when_who_asked_has_given_up_and_later_reports_do_n
         storage.let.set()
     assert len(storage.asked) == 2
     assert storage.asked[0].start.ToMilliseconds() == 3_600_000
+
+
+class Worker:
+    """Refuses every image in this way."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    async def Predict(self, _: inference_pb2.PredictRequest, timeout: float) -> inference_pb2.PredictResponse:  # noqa: ASYNC109, N802 - as gRPC's stub
+        assert timeout
+        raise grpc.aio.AioRpcError(self._code, grpc.aio.Metadata(), grpc.aio.Metadata(), "no")
+
+
+async def test_what_a_worker_says_of_an_image_is_told_from_what_it_says_of_a_token() -> None:
+    async with grpc.aio.insecure_channel("localhost:1") as channel:
+        judge = WorkerJudge(channel)
+
+        async def judged(code: grpc.StatusCode) -> Said | Failed:
+            worker: Any = Worker(code)
+            judge._stub = worker
+            return await judge.judge("f1", b"image")
+
+        for code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNKNOWN):
+            assert isinstance(await judged(code), Failed)
+        for code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            with pytest.raises(InvalidInput, match="the candidate's worker: no"):
+                await judged(code)

@@ -37,6 +37,8 @@ QUICK_S = 0.5
 LATE_MS = 3_600_000
 # Statuses that may pass by themselves; the worker is busy, or a part is away.
 PASSING = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+# Statuses that say nothing of an image.
+REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 LABELS = {types_pb2.LABEL_NORMAL: False, types_pb2.LABEL_ANOMALOUS: True}
 
 log = get_logger()
@@ -197,12 +199,15 @@ class WorkerJudge:
         return answer.model.name, answer.model.version, answer.model.digest
 
     async def judge(self, frame_id: str, image: bytes) -> Said | Failed:
-        """What it says of an image."""
+        """What it says of an image; an image that it can't judge is a failure, not so a token that it refuses."""
         request = inference_pb2.PredictRequest(image=image, frame_id=frame_id)
         try:
             with _translated("the candidate's worker"):
                 answer = await self._stub.Predict(request, timeout=CALL_S)
         except InvalidInput as error:
+            cause = error.__cause__
+            if isinstance(cause, grpc.aio.AioRpcError) and cause.code() in REFUSED:
+                raise
             return Failed(error.reason)
         return convert.said_of(answer.verdict)
 
