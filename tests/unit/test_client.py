@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_client import Frame, VigilClient, WaitFor
@@ -312,6 +316,25 @@ async def test_a_refused_stream_falls_back_to_single_calls(server: Server) -> No
     async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
         results = {result.frame_id: result async for result in client.stream(_frames(3))}
     assert [name for name, result in results.items() if result.error] == ["f-1"]
+
+
+async def test_what_is_asked_for_one_by_one_holds_up_no_other_and_is_known_from_its_first_sending(
+    server: Server,
+) -> None:
+    server.ingest.refuse_streams = True
+    server.ingest.troubles = {"f-0": [_status(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", 0.5)]}
+    spans = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracer = provider.get_tracer("test")
+    began = MagicMock(wraps=tracer.start_span)
+    address = f"127.0.0.1:{server.port}"
+    async with asyncio.timeout(DEADLINE_S), VigilClient(address, tracer=MagicMock(start_span=began)) as client:
+        results = [(result.frame_id, len(server.ingest.seen)) async for result in client.stream(_frames(3))]
+    # The first was there before the one that waits was sent again.
+    assert results[0][1] < len(server.ingest.seen) == 4
+    assert results[-1][0] == "f-0"
+    assert len(spans.get_finished_spans()) == began.call_count == 3
 
 
 @pytest.mark.parametrize("busy_s", [0.0, 0.1])

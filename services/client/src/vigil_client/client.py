@@ -124,9 +124,11 @@ class VigilClient(Connected):
 
     async def submit(self, frame: Frame, *, wait_for: WaitFor = WaitFor.VERDICT) -> Result:
         """Send one frame and wait for its answer; errors come as the result's `error`."""
-        flight = self._begin(frame)
+        return await self._submit(self._begin(frame), convert.wait_for(wait_for))
+
+    async def _submit(self, flight: _InFlight, wait_for: ingest_pb2.WaitFor.ValueType) -> Result:
         try:
-            request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=convert.wait_for(wait_for))
+            request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=wait_for)
         except Exception as error:  # noqa: BLE001 - see `_message`
             return flight.result(error=_unsendable(error))
         while True:
@@ -350,11 +352,11 @@ class _StreamSession:
 
     async def _one_by_one(self) -> None:
         """The whole stream was refused, perhaps for one frame (too large): ask for each by itself."""
-        wait_for = WaitFor.VERDICT if self._wait_for == ingest_pb2.WAIT_FOR_VERDICT else WaitFor.ACCEPTED
-        flights = list(self._flights.values())
-        results = await asyncio.gather(*(self._client.submit(flight.frame, wait_for=wait_for) for flight in flights))
-        for flight, result in zip(flights, results, strict=True):
-            self._settle(flight, result)
+
+        async def ask(flight: _InFlight) -> None:
+            self._settle(flight, await self._client._submit(flight, self._wait_for))  # noqa: SLF001 - same module
+
+        await asyncio.gather(*map(ask, list(self._flights.values())))
 
     def _send_all_again(self) -> None:
         while not self._outbox.empty():
