@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock
@@ -15,8 +17,9 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
+from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
-from vigil_client import Frame, VigilClient, WaitFor
+from vigil_client import Frame, StorageClient, VigilClient, WaitFor, convert
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -403,3 +406,51 @@ async def test_that_nobody_answers_is_said_while_it_is_tried_again(
     said = [record.getMessage() for record in caplog.records if record.name == "vigil_client"]
     assert len(said) == 1  # and not at each attempt
     assert "no answer from ingest, trying for up to 1 s" in said[0]
+
+
+class FakeStorage(storage_pb2_grpc.FrameServiceServicer):
+    """Has nothing, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def Query(self, request: storage_pb2.QueryRequest, _: Any) -> storage_pb2.QueryResponse:  # noqa: N802 - gRPC's name
+        self.asked.append(request)
+        return storage_pb2.QueryResponse()
+
+    async def ReviewQueue(self, request: storage_pb2.ReviewQueueRequest, _: Any) -> storage_pb2.ReviewQueueResponse:  # noqa: N802 - likewise
+        self.asked.append(request)
+        return storage_pb2.ReviewQueueResponse()
+
+    async def Export(  # noqa: N802 - likewise
+        self, request: storage_pb2.ExportRequest, _: Any
+    ) -> AsyncIterator[storage_pb2.ExportResponse]:
+        self.asked.append(request)
+        return
+        yield
+
+
+async def test_times_without_a_zone_are_local_in_what_is_asked_for_as_in_what_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        at = datetime(2026, 11, 28, 9)  # noqa: DTZ001 - on purpose
+        local = at.astimezone()
+        storage, server = FakeStorage(), grpc.aio.server()  # type: ignore[abstract]  # the rest is not asked
+        storage_pb2_grpc.add_FrameServiceServicer_to_server(storage, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with asyncio.timeout(DEADLINE_S), StorageClient(f"127.0.0.1:{port}") as client:
+            for when in (at, local):
+                assert not [one async for one in client.frames_query("m", start=when, stop=when)]
+                assert not await client.frames_review_queue("m", "ann", since=when)
+                assert not [one async for one in client.frames_export("m", since=when, until=when)]
+        await server.stop(None)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert storage.asked[:3] == storage.asked[3:]
+    frame = convert.frame_message(Frame(b"image", "m", captured_at=local))
+    assert storage.asked[0].start == frame.captured_at

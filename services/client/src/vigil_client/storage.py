@@ -8,6 +8,7 @@ import io
 import re
 import tarfile
 from dataclasses import replace
+from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ _NAME = re.compile(rb"^name: *([a-z0-9-]+) *$", re.MULTILINE)
 
 class StorageClient(Connected):
     """Asks storage; every method raises `ServiceError` with the service's code, reason and message.
+
+    Times that are asked for are local where they have no zone, as a frame's are.
 
     Args:
         address: Storage as "host:port".
@@ -104,9 +107,9 @@ class StorageClient(Connected):
             labels=labels,
         )
         if start is not None:
-            request.start.FromDatetime(start)
+            request.start.FromDatetime(start.astimezone(UTC))
         if stop is not None:
-            request.stop.FromDatetime(stop)
+            request.stop.FromDatetime(stop.astimezone(UTC))
         left = limit
         while left is None or left > 0:
             request.page_size = _PAGE_SIZE if left is None else min(_PAGE_SIZE, left)
@@ -197,7 +200,7 @@ class StorageClient(Connected):
             model=model, camera=camera or "", reviewer=reviewer, size=size, again=again, peek=peek
         )
         if since is not None:
-            request.since.FromDatetime(since)
+            request.since.FromDatetime(since.astimezone(UTC))
         with convert.service_errors():
             response = await self._frames.ReviewQueue(request, metadata=self.metadata, timeout=self._timeout_s)
         return [convert.review_item(item) for item in response.items]
@@ -214,9 +217,9 @@ class StorageClient(Connected):
         """Frames that people labelled, oldest first; with `decided` without those they are unsure of."""
         request = storage_pb2.ExportRequest(model=model, camera=camera or "", decided=decided)
         if since is not None:
-            request.since.FromDatetime(since)
+            request.since.FromDatetime(since.astimezone(UTC))
         if until is not None:
-            request.until.FromDatetime(until)
+            request.until.FromDatetime(until.astimezone(UTC))
         found: storage_pb2.ExportResponse | None = None
         image = bytearray()
         with convert.service_errors():
