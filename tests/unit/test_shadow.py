@@ -15,7 +15,7 @@ from vigil.shadow.v1 import shadow_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.evidence import Gates, Outcome, decide
 from vigil_common.streams.ports import ReportPlace, ReportStep
-from vigil_shadow import scale
+from vigil_shadow import convert, scale
 from vigil_shadow.domain import Compared
 from vigil_shadow.pairing import Pairing
 from vigil_shadow.report import Report
@@ -281,6 +281,14 @@ def test_two_score_scales_compare_by_rank() -> None:
     assert "new_alarms" not in kept.counts()
     opposite = compare(of(*[(index / 20, 1 - index / 20) for index in range(20)]))
     assert opposite.report().kendall_tau == pytest.approx(-1.0)
+
+
+def test_differences_of_scores_past_one_are_told_apart() -> None:
+    kept = compare(of(*[(10.0, 12.0 + index) for index in range(100)]))
+    difference = convert.report(kept.report(), active=True, detail=False).difference
+    assert 51 <= difference.p50 <= 51 * 1.023
+    assert 96 <= difference.p95 <= 96 * 1.023
+    assert (difference.max, difference.mean) == (101, 51.5)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)), min_size=1, max_size=60))

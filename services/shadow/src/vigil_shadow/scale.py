@@ -11,7 +11,7 @@ import math
 
 CELLS = 512
 HALF = CELLS // 2
-# Of shares between 0 and 1: score differences, map distances, overlaps.
+# Of shares between 0 and 1: score differences up to there, map distances, overlaps.
 SHARES = 256
 # Eight bins to an octave of microseconds; ratios of two times have 32, from 1/256 to 256.
 TIMES_PER_OCTAVE = 8
@@ -40,13 +40,15 @@ def score_at(place: float, threshold: float) -> float:
 
 
 def share_bin(share: float) -> int:
-    """The bin of a share; all of 1 and more are in the last."""
-    return min(SHARES, max(0, math.ceil(share * SHARES)))
+    """The bin of a share, rounded up; past 1, as differences of scores of any scale are, of as many as ratios have."""
+    if share > 1:
+        return SHARES + math.ceil(math.log2(share) * RATIOS_PER_OCTAVE)
+    return max(0, math.ceil(share * SHARES))
 
 
 def share_of(index: int) -> float:
     """The greatest share of a bin."""
-    return index / SHARES
+    return index / SHARES if index <= SHARES else float(2 ** ((index - SHARES) / RATIOS_PER_OCTAVE))
 
 
 def time_bin(time_us: int) -> int:
