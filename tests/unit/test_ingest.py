@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client import REGISTRY
 from vigil.ingest.v1 import ingest_pb2
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import InvalidInput
@@ -321,4 +322,21 @@ async def test_a_follower_that_broke_goes_on_and_verdicts_still_come(monkeypatch
     await source.emit([Emission(queued.entry_id, frame.frame_id, outcome, outcome)])
     assert (await app.outcome(frame, future, received_us)).verdict.score == 0.5
     assert broken
+    await app.close()
+
+
+async def test_a_clock_that_is_set_back_makes_no_wait_negative() -> None:
+    streams = MemoryStreams()
+    await streams.routing.promote(MODEL, version=1, digest="sha256:1", threshold=None)
+    now_s = [2_000_000_000.0]
+    limits = Limits(100_000, 10_000, 10.0)
+    app = Ingest(streams.queue, streams.routing, replica="r", limits=limits, clock=lambda: now_s[0])
+    frame = a_submission(image=picture())
+    received_us, future = await app.accept(frame, None, wait=True)
+    assert future is not None
+    future.set_result(types_pb2.Outcome())
+    now_s[0] -= 60
+    waited_s = REGISTRY.get_sample_value("vigil_ingest_verdict_seconds_sum")
+    await app.outcome(frame, future, received_us)
+    assert REGISTRY.get_sample_value("vigil_ingest_verdict_seconds_sum") == waited_s
     await app.close()

@@ -220,7 +220,8 @@ class Ingest:
         finally:
             limit.cancel()
             self._forget(frame.model, frame.frame_id, future)
-        WAIT.observe(self._clock() - received_at_us / 1_000_000)
+        # A clock that was set back would take from the sum, which Prometheus takes for a restart.
+        WAIT.observe(max(0.0, self._clock() - received_at_us / 1_000_000))
         return outcome
 
     def _register(self, model: str, frame_id: str) -> asyncio.Future[types_pb2.Outcome]:
