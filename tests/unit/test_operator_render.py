@@ -234,6 +234,17 @@ def test_pods_that_are_on_their_way_out_do_not_count() -> None:
     assert problems_of({"status": {}}, [pod]) == ()
 
 
+@pytest.mark.parametrize(("ready", "reasons"), [(0, ["Unschedulable", "Evicted"]), (1, [])])
+def test_an_evicted_pod_that_was_replaced_is_no_problem(ready: int, reasons: list[str]) -> None:
+    # The kubelet leaves it, with its container ended by force.
+    evicted = _pod({"state": {"terminated": {"exitCode": 137, "reason": "Error"}}, "restartCount": 0})
+    evicted["status"] |= {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory."}
+    waiting = {"type": "PodScheduled", "status": "False", "message": "0/1 nodes are available"}
+    other: dict[str, Any] = {"metadata": {"name": "w-1"}, "status": {} if ready else {"conditions": [waiting]}}
+    deployment = {"spec": {"replicas": 1}, "status": {"readyReplicas": ready}}
+    assert [problem.reason for problem in problems_of(deployment, [evicted, other])] == reasons
+
+
 def test_what_the_deployment_says_counts_too() -> None:
     conditions = [
         {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": "violates PodSecurity"},

@@ -27,9 +27,23 @@ _WAITING = {
 
 def problems_of(deployment: Manifest, pods: list[Manifest]) -> tuple[Problem, ...]:
     """Final ones first."""
-    found = [problem for pod in pods if "deletionTimestamp" not in pod["metadata"] for problem in _of_pod(pod)]
+    there = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+    found = [problem for pod in there if not _is_over(pod) for problem in _of_pod(pod)]
     found += _of_deployment(deployment)
+    if deployment.get("status", {}).get("readyReplicas", 0) < deployment.get("spec", {}).get("replicas", 1):
+        found += [_why_over(pod) for pod in there if _is_over(pod)]
     return tuple(sorted(dict.fromkeys(found), key=lambda problem: not problem.final))
+
+
+def _is_over(pod: Manifest) -> bool:
+    """Whether it was evicted, say: another takes its place, and it stays to be read."""
+    return bool(pod.get("status", {}).get("phase") == "Failed")
+
+
+def _why_over(pod: Manifest) -> Problem:
+    status = pod["status"]
+    message = f"{pod['metadata']['name']}: {status.get('message', 'it was ended from outside')}"
+    return Problem(status.get("reason", "PodFailed"), message[:MESSAGE_AT_MOST])
 
 
 def _of_deployment(deployment: Manifest) -> Iterator[Problem]:
