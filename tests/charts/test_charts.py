@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -327,17 +329,23 @@ def test_the_operator_asks_where_the_platform_is() -> None:
         assert (namespace, kind) == ("default", "svc") or namespace == "here"
 
 
-def operator_env(said: str) -> dict[str, str]:
+def operator_pod(said: str) -> dict[str, Any]:
     """Of an operator that is installed as these notes say."""
     (command,) = re.findall(r"helm install vigil-operator (?:.*\\\n)*.*", said)
-    settings = re.findall(r"--set (\S+)", command)
+    words = shlex.split(command)
+    settings = [value for option, value in pairwise(words) if option == "--set"]
     done = helm(
         *("template", "vigil-operator", str(CHARTS / "vigil-operator"), "--namespace=here"),
         *(f"--set={setting}" for setting in settings),
     )
     assert done.returncode == 0, done.stderr
     (deployment,) = [part for part in yaml.safe_load_all(done.stdout) if part and part["kind"] == "Deployment"]
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return dict(deployment["spec"]["template"]["spec"])
+
+
+def operator_env(said: str) -> dict[str, str]:
+    """What it is told."""
+    (container,) = operator_pod(said)["containers"]
     return {part["name"]: part.get("value", "") for part in container["env"]}
 
 
@@ -395,6 +403,16 @@ def test_the_operator_is_installed_as_the_notes_say(settings: tuple[str, ...], r
     assert env["VIGIL_WORKER_REDIS_SECRET"] == redis
     assert env["VIGIL_WORKER_REDIS_USERS"] == str("valkey.users=true" in settings).lower()
     assert ("VIGIL_REDIS_CA_FILE" in env) == env["VIGIL_REDIS_URL"].startswith("rediss")
+
+
+@pytest.mark.parametrize("prefix", ["team/vigil", ""])
+def test_the_operator_that_the_notes_install_has_its_images_where_the_platform_has(prefix: str, tmp_path: Path) -> None:
+    settings = ("image.registry=there", f"image.prefix={prefix}", "image.tag=0.2.0", "image.pullSecrets={a,b}")
+    said = notes(tmp_path, "vigil", *settings)
+    (container,) = operator_pod(said)["containers"]
+    assert container["image"] == "/".join(filter(None, ("there", prefix, "operator:0.2.0")))
+    assert operator_pod(said)["imagePullSecrets"] == [{"name": "a"}, {"name": "b"}]
+    assert operator_env(said)["VIGIL_WORKER_IMAGE_PULL_SECRETS"] == "a,b"
 
 
 def test_spans_go_to_the_collector_and_the_policies_let_them() -> None:
