@@ -415,6 +415,11 @@ def test_the_operator_that_the_notes_install_has_its_images_where_the_platform_h
     assert operator_env(said)["VIGIL_WORKER_IMAGE_PULL_SECRETS"] == "a,b"
 
 
+def test_the_operators_notes_name_the_secrets_that_workers_read(tmp_path: Path) -> None:
+    said = notes(tmp_path, "vigil-operator", "secrets.redis=passwords", "secrets.redisUsers=true")
+    assert re.findall(r"the Secret (\S+) \((\w+)\)", said) == [("passwords", "redis")]
+
+
 def test_spans_go_to_the_collector_and_the_policies_let_them() -> None:
     values = CHARTS / "vigil" / "ci" / "full-values.yaml"
     minimal = CHARTS / "vigil" / "ci" / "minimal-values.yaml"
