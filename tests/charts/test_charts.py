@@ -311,6 +311,18 @@ def test_the_operator_may_only_what_it_does() -> None:
     assert places == {"line-1", "line-2", None}
 
 
+def test_who_may_view_a_namespace_sees_its_models_and_who_may_edit_it_changes_them() -> None:
+    roles = of_kind(CHARTS / "vigil-operator" / "ci" / "minimal-values.yaml", "ClusterRole")
+
+    def granted(to: str) -> set[str]:
+        label = f"rbac.authorization.k8s.io/aggregate-to-{to}"
+        rules = [rule for role in roles if label in role["metadata"]["labels"] for rule in role["rules"]]
+        return {verb for rule in rules if "anomalymodels" in rule["resources"] for verb in rule["verbs"]}
+
+    assert granted("view") == {"get", "list", "watch"}
+    assert granted("edit") == granted("admin") == granted("view") | {"create", "update", "patch", "delete"}
+
+
 def test_the_operator_asks_where_the_platform_is() -> None:
     platform = {
         part["metadata"]["name"] for part in of_kind(CHARTS / "vigil" / "ci" / "minimal-values.yaml", "Service")
