@@ -425,11 +425,14 @@ def build_scaled_object(resource: Resource, settings: WorkerSettings, scaling: A
 
 
 def build_trigger_authentication(resource: Resource, settings: WorkerSettings) -> Manifest:
-    """How KEDA gets Redis' password, and the authority of its certificate."""
+    """How KEDA gets Redis' password, the authority of its certificate, and one to show it, as workers do."""
     key = "keda" if settings.redis_users else "password"
     targets = [{"parameter": "password", "name": settings.redis_secret, "key": key}]
     if urlsplit(settings.redis_url).scheme.startswith("rediss"):
         targets.append({"parameter": "ca", "name": settings.redis_secret, "key": "ca.crt"})
+        if settings.tls_secret:
+            own = (("cert", "tls.crt"), ("key", "tls.key"))
+            targets += [{"parameter": name, "name": settings.tls_secret, "key": file} for name, file in own]
     spec = {"secretTargetRef": targets}
     return _object(resource, "keda.sh/v1alpha1", "TriggerAuthentication", service_name(resource), spec=spec)
 
