@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from typer.testing import CliRunner
 from vigil_cli import rollout
 from vigil_cli.main import app
+from vigil_common.errors import Unavailable
 from vigil_common.streams.ports import Live
-from vigil_operator import metrics
+from vigil_operator import handlers, metrics
 from vigil_operator.observed import REQUEST_ANNOTATION, Problem
 from vigil_operator.phases import Phase
 from vigil_operator.resource import resource_of
@@ -19,6 +21,8 @@ from tests.support.rollout import MODEL, World, digest_of, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from vigil_operator.status import Status
 
 WHY = "quantities must match the regular expression"
 ROUNDS = 5
@@ -131,3 +135,36 @@ def test_null_is_as_good_as_absent_wherever_a_resource_is_read() -> None:
     spec = spec_of(1) | {"threshold": None, "rollout": {"gates": {"maxLatencyRatio": None}}}
     body = {"metadata": {"name": "solar", "namespace": "default", "uid": "1"}, "spec": spec}
     assert resource_of(body).spec.rollout.gates.max_latency_ratio == 1.5
+
+
+async def test_what_is_wrong_with_a_spec_is_said_as_soon_as_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handlers, "RETRY_S", 0.0)
+    since = datetime(2026, 1, 1, tzinfo=UTC)
+    written: list[Status] = []
+    away = [True]
+
+    class Notes:
+        async def write_status(self, _: object, status: Status) -> None:
+            if away:
+                away.pop()
+                raise Unavailable("CLUSTER_UNAVAILABLE", "the API server does not answer")
+            written.append(status)
+
+    later = since + timedelta(days=1)
+    loops = handlers.Loops(*(cast("Any", made) for made in (None, None, Notes(), None, lambda: later)))
+    before = {"type": "Synced", "status": "False", "reason": "Refused", "lastTransitionTime": since.isoformat()}
+    body: dict[str, Any] = {
+        "metadata": {"name": "cells", "namespace": "line-1", "uid": "1", "creationTimestamp": "", "generation": 2},
+        "spec": {"source": {"model": MODEL}},
+        "status": {"conditions": [before]},
+    }
+    loop = asyncio.create_task(loops.run(body, lambda: bool(written)))
+    async with asyncio.timeout(5):
+        while not written:
+            await asyncio.sleep(0.01)
+    loops.wake(("line-1", "cells"))
+    await loop
+    (said,) = written[0].conditions
+    assert (said.reason, said.observed_generation) == ("InvalidSpec", 2)
+    # It was no better before.
+    assert said.last_transition_time == since

@@ -149,10 +149,10 @@ class Loops:
 
     async def _once(self, body: Mapping[str, Any], key: Key, status: Status) -> tuple[Status, float]:
         try:
-            resource = resource_of(body)
-        except ValidationError as error:
-            return await self._invalid(body, status, error)
-        try:
+            try:
+                resource = resource_of(body)
+            except ValidationError as error:
+                return await self._invalid(body, status, error)
             return await self._reconciler.reconcile(resource, status, self.taken_by(resource.spec.source.model, key))
         except VigilError as error:
             log.warning(
@@ -174,7 +174,7 @@ class Loops:
             status="False",
             reason="InvalidSpec",
             message=message,
-            last_transition_time=self._clock(),
+            last_transition_time=said.last_transition_time if said and said.status == "False" else self._clock(),
             observed_generation=generation,
         )
         others = [other for other in status.conditions if other.type != "Synced"]
@@ -188,8 +188,7 @@ class Loops:
             None,
             "",
         )
-        with suppress(VigilError):
-            await self._notes.write_status(bare, status)
+        await self._notes.write_status(bare, status)
         return status, 60.0
 
     async def delete(self, body: Mapping[str, Any]) -> None:
