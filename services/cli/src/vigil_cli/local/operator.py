@@ -19,11 +19,12 @@ from vigil_operator.remote import GrpcRegistry, GrpcReports, describe
 from vigil_operator.render import numerics_environment, runtime_environment, short
 from vigil_operator.resource import resource_of, status_of
 
-from vigil_cli.local.resources import ResourceFiles
+from vigil_cli.local.resources import NAMESPACE, ResourceFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from vigil_common.streams.ports import RoutingTable
     from vigil_operator.actions import Emit
     from vigil_operator.observed import Description, Resource
     from vigil_operator.spec import Numerics
@@ -36,6 +37,9 @@ POLL_S = 0.2
 BACKOFF_S = 1.0
 # One that had run for so long begins to count anew.
 STEADY_S = 600.0
+
+# As the routing table names who decides; see `Resource.full_name`.
+_OURS = f"{NAMESPACE}/"
 
 log = get_logger()
 
@@ -198,10 +202,22 @@ async def look_after(stack: LocalStack, stop: asyncio.Event) -> None:
             await streams.close()
 
 
+async def _routed(routing: RoutingTable) -> dict[str, str]:
+    """Resources that have a route, and their models: some may have been deleted while no platform ran."""
+    routes = [await routing.get(model) for model in await routing.models()]
+    return {
+        route.managed_by.removeprefix(_OURS): route.model
+        for route in routes
+        if route is not None and route.managed_by.startswith(_OURS)
+    }
+
+
 async def _loop(
     files: ResourceFiles, workers: LocalWorkers, reconciler: Reconciler, streams: RedisStreams, stop: asyncio.Event
 ) -> None:
     known: dict[str, str] = {}
+    with suppress(VigilError):
+        known = await _routed(streams.routing)
     while not stop.is_set():
         bodies = {}
         for name in files.names():

@@ -112,6 +112,7 @@ class ResourceFiles:
         """Remove a resource; its workers end."""
         self.get(name)
         (self._folder / f"{name}.json").unlink()
+        self.drop_status(name)
 
     def write_status(self, name: str, status: Mapping[str, Any]) -> None:
         """What the operator says."""
