@@ -266,7 +266,10 @@ class Spec(Part):
     replicas: Annotated[int, Field(ge=1, le=1000, description="Workers of each version; see autoscaling.")] = 1
     autoscaling: Annotated[
         Autoscaling | None,
-        Field(description="Workers by the frames that wait (KEDA) or by processor time (no KEDA); replaces replicas."),
+        Field(
+            description="Workers by the frames that wait (KEDA) or by processor time (no KEDA), for which "
+            "resources.requests.cpu must be set, or they stay as they are; replaces replicas."
+        ),
     ] = None
     resources: Annotated[Opaque, Field(description="Of a worker, as in a Pod.")] = Field(default_factory=dict)
     node_selector: Annotated[dict[str, str] | None, Field(description="Nodes for the workers, as in a Pod.")] = None
