@@ -519,6 +519,13 @@ def test_a_failed_rollout_is_seen_by_a_counter_that_grows() -> None:
     assert set(phases.split("|")) == {Phase.FAILED, Phase.HELD}
 
 
+def test_dashboards_ask_for_rates_over_what_holds_two_readings_however_rarely_metrics_are_read() -> None:
+    # With metrics.serviceMonitor.interval=1m, Prometheus' own default, a minute holds one: no rate at all.
+    for path in (CHARTS / "vigil" / "dashboards").glob("*.json"):
+        windows = set(re.findall(r"rate\(vigil_[^\[]+\[([^\]]+)\]", path.read_text()))
+        assert windows == {"$__rate_interval", "1h"}
+
+
 def test_alerts_and_dashboards_ask_for_metrics_that_exist() -> None:
     sources = "".join(
         path.read_text() for folder in ("services", "operator") for path in (CHARTS.parent / folder).rglob("*.py")
