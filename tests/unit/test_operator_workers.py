@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from vigil_common.config import SecuritySettings
-from vigil_common.errors import Conflict, NotFound
+from vigil_common.errors import Conflict, InvalidInput, NotFound
 from vigil_operator.cluster import path_of
 from vigil_operator.observed import Resource
-from vigil_operator.render import WorkerSettings, build_model, build_service
+from vigil_operator.render import WorkerSettings, build_model, build_service, build_workers
 from vigil_operator.spec import Spec
 from vigil_operator.workers import KubernetesWorkers
 
@@ -102,3 +102,30 @@ async def test_a_new_models_names_are_asked_for_once_and_its_services_again_when
         await workers.ensure_model(resource("cells"), live)
         assert server.asked == asked
     assert len(server.objects) == 4
+
+
+class WithKeda(Server):
+    """A server whose KEDA has come, and which refuses to scale what has another scaler, as KEDA's webhook does."""
+
+    async def has(self, _: str) -> bool:
+        return True
+
+    async def delete(self, api: str, kind: str, namespace: str, name: str) -> None:
+        self.objects.pop(path_of(api, kind, namespace, name), None)
+
+    async def apply(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["kind"] == "ScaledObject" and any("HorizontalPod" in other["kind"] for other in self.objects.values()):
+            raise InvalidInput("CLUSTER_REFUSED", "the workload is already managed by the hpa")
+        return await super().apply(body)
+
+
+async def test_keda_that_came_later_takes_over_from_the_other_scaler() -> None:
+    spec = Spec.model_validate({"source": {"model": "cells", "version": "1"}, "autoscaling": {}})
+    cells = Resource("cells", "line-1", "1-2-3", 1, spec, None, "")
+    server = WithKeda()
+    for body in build_workers(cells, SETTINGS, 1, DIGEST, spec.runtime.numerics):
+        server.put(body)
+    workers = await workers_on(server)
+    await workers.ensure(cells, 1, DIGEST, spec.runtime.numerics)
+    kinds = {body["kind"] for body in server.objects.values()}
+    assert kinds == {"Deployment", "PodDisruptionBudget", "ScaledObject"}

@@ -224,10 +224,11 @@ class KubernetesWorkers:
     async def ensure(self, resource: Resource, version: int, digest: str, numerics: Numerics) -> None:
         """Apply what a version has, where it is not there as it should be."""
         manifests = build_workers(resource, self._settings, version, digest, numerics)
+        kept = {manifest["kind"] for manifest in manifests}
+        # First: KEDA refuses to scale what has another scaler.
+        await self._delete_others(resource.namespace, workers_name(resource, digest), kept)
         for manifest in manifests:
             await self._ensure(resource, manifest)
-        kept = {manifest["kind"] for manifest in manifests}
-        await self._delete_others(resource.namespace, workers_name(resource, digest), kept)
 
     async def _delete_others(self, namespace: str, name: str, kept: set[str]) -> None:
         """What a version has no more."""
