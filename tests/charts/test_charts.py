@@ -158,6 +158,12 @@ def test_queue_and_store_volumes_outlive_the_release() -> None:
         assert part["spec"]["persistentVolumeClaimRetentionPolicy"]["whenDeleted"] == "Retain"
 
 
+def test_a_rollback_replaces_the_pod_of_a_queue_or_store_that_did_not_come_up() -> None:
+    # In order, Kubernetes waits for ever for a pod with, say, a tag that is none, whatever the template says by then.
+    sets = of_kind(CHARTS / "vigil" / "ci" / "minimal-values.yaml", "StatefulSet")
+    assert [part["spec"]["podManagementPolicy"] for part in sets] == ["Parallel", "Parallel"]
+
+
 def test_a_new_chart_restarts_neither_queue_nor_store(tmp_path: Path) -> None:
     chart = shutil.copytree(CHARTS / "vigil", tmp_path / "vigil")
     about = yaml.safe_load((chart / "Chart.yaml").read_text())
