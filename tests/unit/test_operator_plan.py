@@ -224,6 +224,18 @@ async def test_immediate_strategy_promotes_what_is_verified() -> None:
     assert (world.status.phase, await world.live()) == (Phase.LIVE, 2)
 
 
+@pytest.mark.parametrize("more", [{}, MANUAL])
+async def test_a_rollout_that_is_made_immediate_ends_its_comparison(more: dict[str, Any]) -> None:
+    world = await shadowing(**more)
+    if more:
+        world.verdicts[2] = GOOD
+        await world.settle(1)
+        assert world.status.phase is Phase.AWAITING_APPROVAL
+    world.apply(spec_of(2, rollout={**more.get("rollout", {}), "strategy": "Immediate"}))
+    await world.settle(1)
+    assert (world.status.phase, await world.live()) == (Phase.LIVE, 2)
+
+
 async def test_latest_follows_what_is_published_and_a_newer_version_replaces_the_candidate() -> None:
     world = await live_v1()
     world.apply(spec_of("latest"))

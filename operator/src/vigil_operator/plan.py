@@ -434,8 +434,11 @@ class _Draft:
         self.go(Event.VERIFIED, "Shadowing", message, candidate=candidate.model_copy(update=update))
 
     def _compare(self, candidate: CandidateStatus) -> None:
-        decision = self._decision()
         phase, rollout = self.status.phase, self.spec.rollout
+        if rollout.strategy == "Immediate" and phase is not Phase.HELD and not self._unready(candidate):
+            self.promote(Event.VERIFIED_ALONE, candidate, "the strategy is Immediate by now")
+            return
+        decision = self._decision()
         if decision is not None and decision.overall is Outcome.FAIL:
             self.fail(candidate, "GateFailed", decision.reason)
             return
