@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
-from vigil_client import Frame, StorageClient, VigilClient, WaitFor, convert
+from vigil_client import Frame, SettingError, StorageClient, VigilClient, WaitFor, convert
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -233,6 +234,7 @@ async def test_a_frame_that_can_not_be_sent_is_a_result_and_the_others_go_on(ser
         "f-3": {"model_version": -1},
         "f-4": {"visualization": "full"},
         "f-5": {"image": Path("image.png")},
+        "f-6": {"captured_at": "now"},
     }
     frames = [
         Frame(**{"image": b"image", "model": "m", "frame_id": name, **wrong.get(name, {})})
@@ -241,8 +243,13 @@ async def test_a_frame_that_can_not_be_sent_is_a_result_and_the_others_go_on(ser
     async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
         results = {result.frame_id: result async for result in client.stream(frames)}
         alone = await client.submit(frames[1])
-    found = {name: result.error.reason for name, result in results.items() if result.error}
-    assert found == dict.fromkeys(wrong, "FRAME_INVALID")
+    found = {name: result.error for name, result in results.items() if result.error}
+    assert {name: error.reason for name, error in found.items()} == dict.fromkeys(wrong, "FRAME_INVALID")
+    assert found["f-1"].message == "label 'lot' is int: names and values of labels are str"
+    assert "out of range" in found["f-3"].message
+    assert found["f-4"].message == "visualization is str, not Visualization"
+    assert found["f-5"].message.endswith("Path, not bytes")
+    assert found["f-6"].message == "captured_at is str, not datetime.datetime | None"
     assert len(results) == len(frames)
     assert alone.error is not None
     assert (alone.error.code, alone.error.reason) == ("INVALID_ARGUMENT", "FRAME_INVALID")
@@ -406,6 +413,97 @@ async def test_that_nobody_answers_is_said_while_it_is_tried_again(
     said = [record.getMessage() for record in caplog.records if record.name == "vigil_client"]
     assert len(said) == 1  # and not at each attempt
     assert "no answer from ingest, trying for up to 1 s" in said[0]
+
+
+async def test_that_nothing_comes_back_is_said_though_the_server_takes_the_frames(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vigil_client.client._QUIET_S", 0.1)
+    server.ingest.first_together = 3  # more than come
+
+    async def stream() -> None:
+        async with VigilClient(f"127.0.0.1:{server.port}") as client:
+            async for _ in client.stream(_frames(2)):
+                pass
+
+    streaming = asyncio.create_task(stream())
+    async with asyncio.timeout(DEADLINE_S):
+        while not caplog.records:
+            await asyncio.sleep(0.01)
+    streaming.cancel()
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "vigil_client"]
+    assert said == "no answer to any of 2 frames for 0 s; is a worker of the live version of m up?"
+
+
+async def test_answers_come_while_a_source_that_is_not_async_waits_for_its_next_frame(server: Server) -> None:
+    answered = threading.Event()
+
+    def camera() -> Iterator[Frame]:
+        yield Frame(b"image", "m")
+        assert answered.wait(DEADLINE_S)
+        yield Frame(b"image", "m")
+
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        results = []
+        async for result in client.stream(camera()):
+            answered.set()
+            results.append(result)
+    assert len(results) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"address": "localhost"}, "no HOST:PORT"),
+        ({"address": "http://localhost:50051"}, "no HOST:PORT"),
+        ({"address": ""}, "no HOST:PORT"),
+        ({"address": None}, "no HOST:PORT"),
+        ({"window": 0}, "1 at least, not 0"),
+        ({"window": "8"}, "not '8'"),
+        ({"token": "gr\u00fcn"}, "printable ASCII"),
+        ({"token": "two words"}, "printable ASCII"),
+        ({"token": 5}, "printable ASCII"),
+    ],
+)
+def test_a_client_says_at_once_what_can_not_be(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(SettingError, match=why):
+        VigilClient(**{"address": "localhost:50051", **settings})
+
+
+@pytest.mark.parametrize("address", ["[::1]:50051", "10.0.0.1:1", "dns:///ingest.vigil:50051", "unix:/run/vigil"])
+def test_every_kind_of_address_that_grpc_has_is_taken_and_a_token_as_its_file_holds_it(address: str) -> None:
+    assert VigilClient(address, token="abc\n").metadata == (  # noqa: S106 - no secret
+        ("authorization", "Bearer abc"),
+    )
+
+
+def test_a_client_is_for_one_event_loop_and_for_its_own_block(server: Server) -> None:
+    client = VigilClient(f"127.0.0.1:{server.port}")
+
+    async def closed() -> None:
+        async with client:
+            pass
+        await client.submit(Frame(b"image", "m"))
+
+    async def opened() -> None:
+        await client.__aenter__()
+
+    with pytest.raises(RuntimeError, match="within it alone"):
+        asyncio.run(closed())
+    asyncio.run(opened())
+    with pytest.raises(RuntimeError, match="another event loop"):
+        asyncio.run(closed_in_another(client))
+
+
+async def closed_in_another(client: VigilClient) -> None:
+    await client.submit(Frame(b"image", "m"))
+
+
+async def test_what_is_no_frame_ends_the_stream_with_its_type(server: Server) -> None:
+    async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}") as client:
+        with pytest.raises(TypeError, match=r"a vigil_client\.Frame, not bytes"):
+            async for _ in client.stream([b"image"]):  # type: ignore[list-item]
+                pass
 
 
 class FakeStorage(storage_pb2_grpc.FrameServiceServicer):

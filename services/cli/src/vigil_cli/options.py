@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
-from vigil_client import Failure, ServiceError, StorageClient
+from vigil_client import Failure, ServiceError, SettingError, StorageClient
 from vigil_common.bundle import NAME
 from vigil_common.errors import NotFound, VigilError
 
@@ -122,7 +122,7 @@ def told() -> Iterator[None]:
         yield
     except BrokenPipeError:  # who reads has enough
         raise
-    except (ServiceError, VigilError, SourceError, OSError) as error:
+    except (ServiceError, SettingError, VigilError, SourceError, OSError) as error:
         say_error(str(error))
         if isinstance(error, ServiceError) and (next_step := hint(error.failure)):
             errors.print(next_step, soft_wrap=True)

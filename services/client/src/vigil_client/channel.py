@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import grpc
+
+from vigil_client.types import SettingError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 # Visualisations and bundles' chunks are larger than gRPC's 4 MiB.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _TLS_FILES = ("VIGIL_TLS_CA_FILE", "VIGIL_TLS_KEY_FILE", "VIGIL_TLS_CERT_FILE")
+# Without a port gRPC would ask 443, and of a URL it says something else.
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s/:\[\]]+):[0-9]{1,5}|(dns|ipv4|ipv6|unix|unix-abstract|xds):\S+")
+_TOKEN = re.compile(r"[!-~]*")
 # Calls that may be repeated: storage's are idempotent, ingest's client retries by itself.
 _RETRY_UNAVAILABLE = {
     "methodConfig": [
@@ -70,31 +76,41 @@ class Connected:
         address: "HOST:PORT".
         credentials: As for `connect`; given here they stay what they are.
         token: Sent as a bearer token.
+
+    Raises:
+        SettingError: Neither can be an address or a token.
     """
 
     def __init__(self, address: str, credentials: grpc.ChannelCredentials | None, token: str | None) -> None:
+        if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
+            raise SettingError(f"{address!r} is no HOST:PORT, such as localhost:50051")
         self._address = address
         self._credentials = credentials
         # The last one takes the calls; streams under way end on theirs.
         self._channels: list[grpc.aio.Channel] = []
         self._made_of: tuple[int, ...] = ()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.metadata = metadata(token)
 
     async def __aenter__(self) -> Self:
         self._made_of = self._certificates()
+        self._loop = asyncio.get_running_loop()
         self._channels = [connect(self._address, self._credentials)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        channels, self._channels = self._channels, []
+        await asyncio.gather(*(channel.close() for channel in channels))
 
     @property
     def channel(self) -> grpc.aio.Channel:
         """The open channel."""
         if not self._channels:
-            raise RuntimeError(f"use `async with {type(self).__name__}(...)`")
+            raise RuntimeError(f"use `async with {type(self).__name__}(...)`, and within it alone")
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(f"this {type(self).__name__} belongs to another event loop; open one in each")
         # What can't be read is in the middle of a rotation: what is loaded stays.
         with contextlib.suppress(OSError):
             if (found := self._certificates()) != self._made_of:
@@ -109,7 +125,13 @@ class Connected:
 
 
 def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """The call metadata that carries the token."""
+    """The call metadata that carries the token, without what a file has around it.
+
+    Raises:
+        SettingError: No header may hold it.
+    """
+    if token is not None and not (isinstance(token, str) and _TOKEN.fullmatch(token := token.strip())):
+        raise SettingError("a token is a word of printable ASCII; this one holds something else")
     return (("authorization", f"Bearer {token}"),) if token else ()
 
 

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,10 +15,11 @@ from vigil.ingest.v1 import ingest_pb2, ingest_pb2_grpc
 
 from vigil_client import convert
 from vigil_client.channel import Connected
-from vigil_client.types import Failure, Frame, Result, WaitFor
+from vigil_client.sources import as_async
+from vigil_client.types import Failure, Frame, Result, SettingError, WaitFor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterable, AsyncIterator, Iterable
 
     from opentelemetry.trace import Span, Tracer
 
@@ -31,6 +31,8 @@ _GOODBYE_S = 2.0
 _SAID_EVERY_S = 15.0
 # A full queue is how a fast client is slowed down, and worth a word only where it lasts.
 _LONG_S = 10.0
+# Without any answer.
+_QUIET_S = 10.0
 # Small frames that are ready at the same time travel in one message of at most this many bytes.
 _TOGETHER_BYTES = 256 << 10
 _TAKES = 16
@@ -41,10 +43,6 @@ def _retryable(failure: Failure) -> bool:
     if failure.code == "RESOURCE_EXHAUSTED":
         return failure.retry_after_s is not None
     return failure.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}
-
-
-def _unsendable(error: Exception) -> Failure:
-    return Failure("INVALID_ARGUMENT", "FRAME_INVALID", f"a field is not of its type or range: {error}")
 
 
 def _backoff_s(attempt: int, failure: Failure) -> float:
@@ -97,6 +95,9 @@ class VigilClient(Connected):
         max_retry_s: How long after its first sending a frame is sent again; then its result is an error.
         silence_s: A stream with unanswered frames and no answer for this long counts as lost.
         tracer: An OpenTelemetry tracer; each frame gets a span, and what the services do with it becomes its children.
+
+    Raises:
+        SettingError: Address, token or window can't be.
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class VigilClient(Connected):
         tracer: Tracer | None = None,
     ) -> None:
         super().__init__(address, channel_credentials, token)
+        if not isinstance(window, int) or window < 1:
+            raise SettingError(f"window is how many frames may be in flight, 1 at least, not {window!r}")
         self.window = window
         self.max_retry_s = max_retry_s
         self.silence_s = silence_s
@@ -130,7 +133,7 @@ class VigilClient(Connected):
         try:
             request = ingest_pb2.SubmitRequest(frame=flight.message(), wait_for=wait_for)
         except Exception as error:  # noqa: BLE001 - see `_message`
-            return flight.result(error=_unsendable(error))
+            return flight.result(error=convert.unsendable(flight.frame, error))
         while True:
             flight.attempts += 1
             try:
@@ -154,10 +157,12 @@ class VigilClient(Connected):
         """Send many frames and yield one result for each, in the order they are done.
 
         A lost connection is made again and the unanswered frames are sent again under the same ids; the server judges
-        each once. The source is read only as fast as the window allows.
+        each once. The source is read only as fast as the window allows; one that is not async is read in a thread, so
+        that it may wait for a camera or a disk.
         """
         session = _StreamSession(self, wait_for)
-        tasks = [asyncio.create_task(session.feed(frames)), asyncio.create_task(session.run())]
+        tasks = [asyncio.create_task(work) for work in (session.feed(frames), session.run())]
+        watching = asyncio.create_task(session.watch())
         for task in tasks:
             task.add_done_callback(session.wake)
         try:
@@ -167,13 +172,16 @@ class VigilClient(Connected):
                 if task.done():
                     task.result()
         finally:
+            watching.cancel()
             # All answered: let the server end the stream its way before it is cut.
             await asyncio.wait(tasks, timeout=_GOODBYE_S if session.finished else 0)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(watching, *tasks, return_exceptions=True)
 
     def _begin(self, frame: Frame) -> _InFlight:
+        if not isinstance(frame, Frame):
+            raise TypeError(f"what is sent is a vigil_client.Frame, not {type(frame).__name__}")
         flight = _InFlight(frame, time.monotonic())
         if self._tracer is not None:
             from opentelemetry.trace import SpanKind  # noqa: PLC0415 - is there where a tracer is
@@ -182,13 +190,18 @@ class VigilClient(Connected):
         return flight
 
     def _say_that_it_goes_on(self, failure: Failure, flight: _InFlight) -> None:
-        """Tell by the log that nobody answers, or of a frame that has waited for long, now and then."""
-        now = time.monotonic()
+        """Tell by the log that nobody answers, or of a frame that has waited for long."""
         nobody = failure.code == "UNAVAILABLE"
-        if now >= self._quiet_until_s and (nobody or now - flight.first_sent_s >= _LONG_S):
-            self._quiet_until_s = now + _SAID_EVERY_S
+        if nobody or time.monotonic() - flight.first_sent_s >= _LONG_S:
             what = "no answer from ingest" if nobody else failure.reason or failure.code
-            _log.warning("%s, trying for up to %.0f s: %s", what, self.max_retry_s, failure.message)
+            self._say("%s, trying for up to %.0f s: %s", what, self.max_retry_s, failure.message)
+
+    def _say(self, text: str, *about: object) -> None:
+        """Now and then."""
+        now = time.monotonic()
+        if now >= self._quiet_until_s:
+            self._quiet_until_s = now + _SAID_EVERY_S
+            _log.warning(text, *about)
 
     def _too_late(self, flight: _InFlight, wait_s: float) -> bool:
         return time.monotonic() + wait_s - flight.first_sent_s > self.max_retry_s
@@ -207,6 +220,7 @@ class _StreamSession:
         self._results: asyncio.Queue[Result | None] = asyncio.Queue()
         self._source_ended = False
         self._carries = 1
+        self._answered_s = time.monotonic()
         self.finished = False
 
     async def next_result(self) -> Result | None:
@@ -223,7 +237,7 @@ class _StreamSession:
 
     async def feed(self, frames: AsyncIterable[Frame] | Iterable[Frame]) -> None:
         """Take frames from the source as there is room for them."""
-        async for frame in _as_async(frames):
+        async for frame in as_async(frames, ahead=min(_TAKES, self._client.window)):
             await self._room.acquire()
             flight = self._client._begin(frame)  # noqa: SLF001 - same module
             if frame.frame_id in self._flights:
@@ -234,6 +248,16 @@ class _StreamSession:
             self._outbox.put_nowait(frame.frame_id)
         self._source_ended = True
         self._finish_if_done()
+
+    async def watch(self) -> None:
+        """Say where nothing comes back for long: ingest takes frames though no worker may be there to judge them."""
+        while True:
+            await asyncio.sleep(_QUIET_S / 2)
+            oldest = next(iter(self._flights.values()), None)
+            since_s = self._answered_s if oldest is None else max(self._answered_s, oldest.first_sent_s)
+            if oldest is not None and (quiet_s := time.monotonic() - since_s) >= _QUIET_S:
+                what = "no answer to any of %d frames for %.0f s; is a worker of the live version of %s up?"
+                self._client._say(what, len(self._flights), quiet_s, oldest.frame.model)  # noqa: SLF001 - same module
 
     async def run(self) -> None:
         """Keep a connection up while there is something to send."""
@@ -312,7 +336,7 @@ class _StreamSession:
         try:
             return flight.message()
         except Exception as error:  # noqa: BLE001 - whatever a field of another type leads to is this frame's alone
-            self._settle(flight, flight.result(error=_unsendable(error)))
+            self._settle(flight, flight.result(error=convert.unsendable(flight.frame, error)))
             return None
 
     async def _ready(self) -> list[ingest_pb2.Frame]:
@@ -332,6 +356,7 @@ class _StreamSession:
         return messages
 
     def _answer(self, response: ingest_pb2.StreamResponse) -> None:
+        self._answered_s = time.monotonic()
         flight = self._flights.get(response.frame_id)
         if flight is None:  # an earlier sending's second answer
             return
@@ -367,6 +392,7 @@ class _StreamSession:
             self._outbox.put_nowait(frame_id)
 
     def _settle(self, flight: _InFlight, result: Result) -> None:
+        self._answered_s = time.monotonic()
         if flight.retry is not None:
             flight.retry.cancel()
         del self._flights[flight.frame.frame_id]
@@ -378,12 +404,3 @@ class _StreamSession:
             self.finished = True
             self._outbox.put_nowait(None)
             self._results.put_nowait(None)
-
-
-async def _as_async(frames: AsyncIterable[Frame] | Iterable[Frame]) -> AsyncIterator[Frame]:
-    if isinstance(frames, AsyncIterable):
-        async for frame in frames:
-            yield frame
-    else:
-        for frame in frames:
-            yield frame

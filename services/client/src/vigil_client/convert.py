@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, cast
 
 import grpc
@@ -68,6 +69,37 @@ def service_errors() -> Iterator[None]:
 def wait_for(what: WaitFor) -> ingest_pb2.WaitFor.ValueType:
     """The protobuf value."""
     return _WAIT[what]
+
+
+# None may stand for what is not said.
+_FIELD_TYPES = {
+    "image": bytes,
+    "model": str,
+    "frame_id": str,
+    "camera": str | None,
+    "captured_at": datetime | None,
+    "model_version": int | None,
+    "labels": Mapping,
+    "visualization": Visualization,
+    "anomaly_map": bool,
+    "mask": bool,
+}
+
+
+def unsendable(frame: Frame, error: Exception) -> Failure:
+    """Why a frame can't be put into a message: the first field of another type, else what the library said."""
+    message = f"a field is not of its type or range: {error}"
+    for name, kind in _FIELD_TYPES.items():
+        if not isinstance(value := getattr(frame, name), kind):
+            wanted = getattr(kind, "__name__", str(kind))
+            message = f"{name} is {type(value).__name__}, not {wanted}"
+            break
+    else:
+        for name, value in frame.labels.items():
+            if not (isinstance(name, str) and isinstance(value, str)):
+                message = f"label {name!r} is {type(value).__name__}: names and values of labels are str"
+                break
+    return Failure("INVALID_ARGUMENT", "FRAME_INVALID", message)
 
 
 def frame_message(frame: Frame) -> ingest_pb2.Frame:

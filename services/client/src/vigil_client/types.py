@@ -18,6 +18,10 @@ def new_frame_id() -> str:
     return str(uuid_utils.uuid7())
 
 
+class SettingError(ValueError):
+    """What a client was made with can't be used; the message says why."""
+
+
 class WaitFor(enum.Enum):
     """What an answer means."""
 
