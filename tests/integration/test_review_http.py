@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
 import re
-import secrets
 import ssl
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import trustme
-import yaml
-from aiohttp import CookieJar, FormData
-from aiohttp.test_utils import BaseTestServer, TestClient, TestServer
+from aiohttp import FormData
 from PIL import Image
-from vigil.storage.v1 import storage_pb2_grpc
 from vigil_cli.local.process import free_port
-from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
-from vigil_common.grpc.server import create_server
-from vigil_common.store.embedded import EmbeddedFrameStore
-from vigil_common.store.embedded_models import EmbeddedModelStore
-from vigil_common.store.ports import ModelInfo, Record
-from vigil_common.streams.memory import MemoryStreams
+from vigil_common.store.ports import ModelInfo
 from vigil_review import bootstrap, pictures
-from vigil_review.app import create_app
-from vigil_review.backend import Backend
 from vigil_review.config import Settings
 from vigil_review.domain import BINS, Frame, cameras
-from vigil_review.sessions import MOST, Sessions
-from vigil_storage.annotations import AnnotationKeeper
-from vigil_storage.app import Storage
-from vigil_storage.bootstrap import ACCESS
-from vigil_storage.reviews import Reviews
-from vigil_storage.routes import Routes
-from vigil_storage.servicer import FrameServicer, ModelServicer, RouteServicer
+from vigil_review.sessions import MOST
+
+from tests.support.review import HEIGHT, T0, WIDTH, M, Site, form_of, image, labels, record, review_site
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -47,117 +30,11 @@ if TYPE_CHECKING:
 
     from aiohttp.client import ClientResponse
 
-M = "cells"
-T0 = 1_750_000_000_000_000
-WIDTH, HEIGHT = 16, 12
-TOKENS = {
-    "Ann": {"roles": ["review"], "models": [M]},
-    "Eve": {"roles": ["review"], "models": ["glass"]},
-    "line-1": {"roles": ["stream"]},
-}
-
-
-def image(kind: str = "PNG", *, mode: str = "L", size: tuple[int, int] = (WIDTH, HEIGHT), fill: Any = 90) -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, size, fill).save(file, kind)
-    return file.getvalue()
-
-
-def record(number: int, *, kind: str = "PNG") -> Record:
-    body = image(kind, fill=number)
-    labels = {
-        "frame_id": f"f{number}",
-        "sha256": hashlib.sha256(body).hexdigest(),
-        "model": M,
-        "camera": "line-1",
-        "captured_at_us": str(T0 + number),
-        "width": str(WIDTH),
-        "height": str(HEIGHT),
-        "outcome": "judged",
-        "score": "0.4",
-        "threshold": "0.5",
-        "label": "normal",
-        "version": "1",
-    }
-    return Record(f"{M}/line-1", T0 + number * 1_000, labels, body, f"image/{kind.lower()}")
-
-
-@dataclass
-class Site:
-    """Storage with tokens, and the page before it, each on a port of its own."""
-
-    tokens: dict[str, str]
-    frames: EmbeddedFrameStore
-    models: EmbeddedModelStore
-    streams: MemoryStreams
-    storage: Any
-    server: BaseTestServer
-    sessions: Sessions
-    clock: list[float]
-    clients: list[TestClient[Any, Any]] = field(default_factory=list)
-
-    async def browser(self) -> TestClient[Any, Any]:
-        """Somebody's browser, with cookies of its own."""
-        client: TestClient[Any, Any] = TestClient(self.server, cookie_jar=CookieJar(unsafe=True))
-        self.clients.append(client)
-        return client
-
-    async def logged_in(self, who: str = "Ann") -> TestClient[Any, Any]:
-        """As they would."""
-        client = await self.browser()
-        answer = await client.post("/login", data={"name": who, "token": self.tokens[who]})
-        assert str(answer.url.path) == "/"
-        return client
-
 
 @pytest.fixture
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    tokens = {name: secrets.token_hex(32) for name in TOKENS}
-    known = [
-        {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), **TOKENS[name]}
-        for name, token in tokens.items()
-    ]
-    (tmp_path / "tokens.yaml").write_text(yaml.safe_dump({"tokens": known}))
-    frames = await EmbeddedFrameStore.open(tmp_path)
-    annotations = await EmbeddedFrameStore.open(tmp_path / "annotations")
-    models = await EmbeddedModelStore.open(tmp_path)
-    streams = MemoryStreams()
-    reviews = Reviews(frames, annotations, streams.reviews, now_us=lambda: T0 + 1_000_000)
-    security = SecuritySettings(tokens_file=tmp_path / "tokens.yaml")
-    handle = create_server("127.0.0.1:0", access=ACCESS, security=security)
-    app = Storage(frames, models)
-    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(app, reviews), handle.server)
-    storage_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(app), handle.server)
-    routes = RouteServicer(Routes(models, streams.routing))
-    storage_pb2_grpc.add_RouteServiceServicer_to_server(routes, handle.server)
-    await handle.start()
-    keeper = AnnotationKeeper(M, streams.reviews, annotations, frames, confirm_after_s=0.05)
-    keeping = asyncio.create_task(keeper.run())
-    backend = Backend(Settings(storage_address=f"127.0.0.1:{handle.port}"))
-    clock = [0.0]
-    sessions = Sessions(60.0, clock=lambda: clock[0])
-    async with TestServer(create_app(backend, sessions, secure=False)) as server:
-        found = Site(tokens, frames, models, streams, handle, server, sessions, clock)
+    async with review_site(tmp_path) as found:
         yield found
-        for client in found.clients:
-            await client.session.close()
-    await backend.close()
-    keeping.cancel()
-    await asyncio.gather(keeping, return_exceptions=True)
-    await handle.drain(0)
-    for store in (frames, annotations, models):
-        await store.close()
-
-
-async def form_of(client: TestClient[Any, Any], path: str) -> dict[str, str]:
-    """The hidden fields of a page's form, as a browser sends them."""
-    text = await (await client.get(path)).text()
-    page = text[text.index("<main>") :]
-    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)">', page))
-
-
-async def labels(site: Site, frame_id: str) -> dict[str, str]:
-    return dict((await site.frames.find(M, frame_id)).labels)
 
 
 async def test_nobody_gets_past_the_login_without_a_token_that_may_review(site: Site) -> None:
@@ -233,6 +110,17 @@ async def test_labels_work_without_the_script_and_notes_stay_text(site: Site) ->
     assert (await (await client.get(first.url.path)).text()).count("&lt;script&gt;") == 1
     done = await (await client.get(f"/m/{M}/next")).text()
     assert "Nothing left to review" in done
+
+
+async def test_who_clicks_next_twice_passes_over_no_frame(site: Site) -> None:
+    await site.frames.write([record(1), record(2)])
+    client = await site.logged_in()
+    first, again = [(await client.get(f"/m/{M}/next", allow_redirects=False)).headers["Location"] for _ in range(2)]
+    assert first == again
+    assert "1 more waiting" in await (await client.get(first)).text()
+    second = await client.get(f"/m/{M}/next")
+    assert second.url.path != first.partition("?")[0]
+    assert "Nothing left to review" in await (await client.get(f"/m/{M}/next")).text()
 
 
 async def test_a_mask_of_another_size_is_refused_in_words_and_one_that_fits_comes_back(site: Site) -> None:

@@ -270,7 +270,8 @@ async def _next(request: web.Request) -> web.Response:
         waiting.extend(found)
     if not waiting:
         return _page(request, "done.html", model=model)
-    frame_id, camera, why = waiting.popleft()
+    # It waits until its page has been made: whoever clicks twice would pass over one unseen.
+    frame_id, camera, why = waiting[0]
     return _see(f"{_place(model, camera, frame_id)}?why={quote(why)}")
 
 
@@ -281,8 +282,14 @@ async def _detail(request: web.Request) -> Detail:
 
 async def _frame(request: web.Request) -> web.Response:
     """A frame to look at."""
-    detail = await _detail(request)
-    model, session = request.match_info["model"], request[SESSION]
+    session, found = request[SESSION], request.match_info
+    model = found["model"]
+    waiting = session.waiting.get(model, deque())
+    try:
+        detail = await _detail(request)
+    finally:
+        if waiting and waiting[0][:2] == (found["frame_id"], found["camera"]):
+            waiting.popleft()
     return _page(
         request,
         "frame.html",
@@ -292,7 +299,7 @@ async def _frame(request: web.Request) -> web.Response:
         masked=bool(detail.mask),
         place=_place(model, detail.frame.camera, detail.frame.frame_id),
         why=request.query.get("why", ""),
-        waiting=len(session.waiting.get(model, ())),
+        waiting=len(waiting),
         has_workers=request.app[BACKEND].has_workers,
         annotation_id=f"a{uuid.uuid4().hex}",
     )
