@@ -135,7 +135,7 @@ const actions = {
   n: () => submit("normal"),
   a: () => submit("anomalous"),
   u: () => submit("unsure"),
-  " ": () => location.assign(form.dataset.next),
+  " ": () => { if (!busy) location.assign(form.dataset.next); }, // an answer under way would be cut off
   o: toggle,
   b: () => choose(false),
   e: () => choose(true),
@@ -146,7 +146,9 @@ const actions = {
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("input:not([type=range]), textarea");
   if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in actions)) return;
+  if (event.key === " " && event.target.matches("button")) return; // it presses that
   event.preventDefault();
+  if (event.repeat) return; // held down, it would answer for the next frame as well
   actions[event.key]();
 });
 const buttons = { brush: "b", eraser: "e", undo: "z", clear: "c", "ai-mask": "m", toggle: "o" };
