@@ -1,19 +1,21 @@
-"""The page's script in a real browser."""
+"""The page's script in a real browser: keys, buttons, and what becomes of a mask while the server is slow or away."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from aiohttp import FormData
 
 from tests.support.browser import browser_page
-from tests.support.review import M, Site, labels, record, review_site
+from tests.support.review import M, Site, form_of, image, labels, record, review_site
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from playwright.async_api import Page
+    from playwright.async_api import Page, Route
 
 PLACE = f"/m/{M}/f/line-1/f1"
 
@@ -30,6 +32,73 @@ async def log_in(page: Page, site: Site) -> None:
     await page.fill("input[name=token]", site.tokens["Ann"])
     await page.keyboard.press("Enter")
     await page.wait_for_url(str(site.server.make_url("/")))
+
+
+async def draw(page: Page) -> None:
+    """A stroke that is wide enough for an image this small."""
+    await page.locator("#width").fill("60")
+    box = await page.locator("#mask").bounding_box()
+    assert box is not None
+    await page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.5)
+    await page.mouse.down()
+    await page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5, steps=3)
+    await page.mouse.up()
+
+
+async def mark(site: Site) -> None:
+    """Somebody else has marked all of the frame."""
+    other = await site.logged_in()
+    form = FormData({"label": "anomalous", **await form_of(other, PLACE)})
+    mask = image(mode="RGBA", fill=(255, 0, 0, 255))
+    form.add_field("mask", mask, filename="mask.png", content_type="image/png")
+    assert (await other.post(PLACE, data=form)).status == 200
+
+
+async def test_what_is_painted_outlives_a_login_in_another_tab(site: Site) -> None:
+    await site.frames.write([record(1)])
+    async with browser_page(refusals=True) as page:
+        await log_in(page, site)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await draw(page)
+        site.clock[0] += 61
+        await page.keyboard.press("a")
+        await page.get_by_text("log in in another tab, then repeat").wait_for()
+        await log_in(await page.context.new_page(), site)
+        await page.keyboard.press("a")
+        await page.get_by_text("anomalous with a mask: kept").wait_for()
+
+
+async def test_an_answer_waits_for_the_mask_that_stands(site: Site) -> None:
+    await site.frames.write([record(1)])
+    await mark(site)
+    come = asyncio.Event()
+
+    async def slow(route: Route) -> None:
+        await come.wait()
+        await route.continue_()
+
+    async with browser_page() as page:
+        await log_in(page, site)
+        await page.route(f"**{PLACE}/mask", slow)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await page.keyboard.press("a")
+        come.set()
+        await page.get_by_text("anomalous with a mask: kept").wait_for()
+    assert (await labels(site, "f1"))["human_mask"] == "true"
+
+
+async def test_a_mask_that_does_not_come_is_not_replaced_by_none(site: Site) -> None:
+    await site.frames.write([record(1)])
+    await mark(site)
+    said = (await labels(site, "f1"))["annotation"]
+    async with browser_page(refusals=True) as page:
+        await log_in(page, site)
+        await page.route(f"**{PLACE}/mask", lambda route: route.abort())
+        await page.goto(str(site.server.make_url(PLACE)))
+        await page.get_by_text("the mask can't be had").wait_for()
+        await page.keyboard.press("a")
+        await page.get_by_text("load the page again").wait_for()
+    assert (await labels(site, "f1"))["annotation"] == said
 
 
 async def test_a_key_held_down_answers_for_one_frame(site: Site) -> None:

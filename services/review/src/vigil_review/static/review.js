@@ -45,11 +45,18 @@ function marked() {
   return false;
 }
 
-// A grey mask as marks on the canvas.
+// A grey mask as marks on the canvas; whether it came.
 async function load(address) {
-  const answer = await fetch(address);
-  if (!answer.ok) return say("there is no mask to take");
-  const picture = await createImageBitmap(await answer.blob());
+  let picture;
+  try {
+    const answer = await fetch(address);
+    if (answer.redirected) throw new Error("you have been logged out");
+    if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
+    picture = await createImageBitmap(await answer.blob());
+  } catch (error) {
+    say(`the mask can't be had (${error.message})`);
+    return false;
+  }
   remember();
   pen.clearRect(0, 0, canvas.width, canvas.height);
   pen.imageSmoothingEnabled = false;
@@ -61,6 +68,7 @@ async function load(address) {
   }
   pen.putImageData(found, 0, 0);
   if (!marked()) say("that mask marks nothing");
+  return true;
 }
 
 function point(event) {
@@ -103,25 +111,47 @@ function toggle() {
 }
 if (overlay) overlay.addEventListener("error", () => { overlay.hidden = true; say("the model gives no heat map now"); });
 
+function post(data) {
+  return fetch(form.action, { method: "POST", body: data, redirect: "manual" });
+}
+
+function parsed(text) {
+  return new DOMParser().parseFromString(text, "text/html");
+}
+
+// After a login in another tab the form here is the old session's; whether it is the new one's now.
+async function renew() {
+  const fresh = parsed(await (await fetch(location)).text()).querySelector("#review [name=csrf]")?.value;
+  const old = form.elements.csrf.value;
+  form.elements.csrf.value = fresh ?? old;
+  return form.elements.csrf.value !== old;
+}
+
 async function submit(label) {
   if (busy) return;
   busy = true;
   say("");
   try {
+    // Without it, what others marked would be marked no more.
+    if (label !== "normal" && !await standing) throw new Error("the mask that stands did not come; load the page again");
     const data = new FormData(form);
     data.set("label", label);
     if (label !== "normal" && marked()) {
       data.set("mask", await new Promise((done) => canvas.toBlob(done, "image/png")), "mask.png");
     }
-    const answer = await fetch(form.action, { method: "POST", body: data, redirect: "manual" });
+    let answer = await post(data);
+    if (answer.status === 403 && await renew()) {
+      data.set("csrf", form.elements.csrf.value);
+      answer = await post(data);
+    }
     if (answer.type === "opaqueredirect") { // only what was kept leads on
       location.assign(form.dataset.next);
       return;
     }
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const page = parsed(await answer.text());
     say(page.querySelector(".error")?.textContent ?? `the server answered ${answer.status}`);
   } catch (error) {
-    say(`the server can't be reached (${error.message}); try again`);
+    say(error instanceof TypeError ? `the server can't be reached (${error.message}); try again` : error.message);
   }
   busy = false;
 }
@@ -159,4 +189,4 @@ for (const [id, key] of Object.entries(buttons)) {
   });
 }
 document.getElementById("tools").disabled = false;
-if (form.dataset.mask) load(form.dataset.mask);
+const standing = form.dataset.mask ? load(form.dataset.mask) : Promise.resolve(true);
