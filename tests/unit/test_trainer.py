@@ -115,6 +115,17 @@ def test_abnormal_images_set_the_threshold_and_are_measured() -> None:
     assert (found >= 0.5).mean() > 0.5
 
 
+def test_an_image_given_twice_is_not_measured_by_what_learned_it() -> None:
+    cells = load_cells()
+    normal, abnormal = cells.train[:21], cells.defective[:20]
+    once, twice = (train(images, abnormal, name="cells", parity=0) for images in (normal, normal * 2))
+    assert once.auroc is not None
+    assert once.auroc < 0.99
+    assert twice.auroc == pytest.approx(once.auroc, abs=0.02)
+    with pytest.raises(InvalidInput, match="only 3 do"):
+        train(normal[:3] * 2, name="cells")
+
+
 def scratched(image: bytes) -> tuple[bytes, bytes]:
     """A cell with a bright patch, and its mask."""
     pixels = np.array(Image.open(io.BytesIO(image)).convert("L"))

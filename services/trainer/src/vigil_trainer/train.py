@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
@@ -21,7 +22,7 @@ from vigil_trainer import metrics, padim
 from vigil_trainer.features import INPUT, FeatureExtractor, open_session
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -146,10 +147,24 @@ def check_mask(truth: NDArray[np.bool_], pixels: NDArray[np.uint8], place: int) 
         raise InvalidInput("MASK_SIZE_MISMATCH", f"the mask of abnormal image {place} is {sizes}")
 
 
+def numbered(images: Iterable[bytes]) -> list[int]:
+    """The images' numbers in their order, one for all that are alike: what is held out must not be learned beside it.
+
+    Raises:
+        InvalidInput: TOO_FEW_IMAGES: fewer than 4 differ.
+    """
+    known: dict[bytes, int] = {}
+    numbers = [known.setdefault(hashlib.sha256(image).digest(), len(known)) for image in images]
+    if len(known) < FEWEST_IMAGES:
+        few = f"training needs {FEWEST_IMAGES} normal images that differ, of {len(numbers)} only {len(known)} do"
+        raise InvalidInput("TOO_FEW_IMAGES", few)
+    return numbers
+
+
 def _held_out_scores(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each image's raw score by Gaussians that were fitted without it."""
+    """Each image's raw score by Gaussians that were fitted without it, and without any other like it."""
     scores = np.empty(len(features), dtype=np.float32)
-    fold = np.arange(len(features)) % _FOLDS
+    fold = np.array(numbered(one.tobytes() for one in features)) % _FOLDS
     for number in range(_FOLDS):
         held = fold == number
         scores[held] = padim.fit(features[~held]).raw_scores(features[held])

@@ -21,7 +21,7 @@ from vigil_common.pixels import decode, flat
 from vigil_trainer import metrics
 from vigil_trainer.graphs import MAX_PIXELS, run_graphs
 from vigil_trainer.importer import import_export
-from vigil_trainer.train import FEWEST_IMAGES, TrainResult, check_mask
+from vigil_trainer.train import FEWEST_IMAGES, TrainResult, check_mask, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -71,8 +71,9 @@ def train_anomalib(
     except (UnknownModelError, TypeError) as error:
         raise InvalidInput("ALGORITHM_UNKNOWN", f"Anomalib takes no {algorithm}: {error}") from error
     began = time.perf_counter()
-    held_out = normal[::HELD_OUT]
-    learned = [path for place, path in enumerate(normal) if place % HELD_OUT]
+    numbers = numbered(path.read_bytes() for path in normal)
+    held_out = [path for path, number in zip(normal, numbers, strict=True) if number % HELD_OUT == 0]
+    learned = [path for path, number in zip(normal, numbers, strict=True) if number % HELD_OUT]
     with tempfile.TemporaryDirectory() as work:
         root = Path(work) / "images"
         _link(root / "normal", learned)
