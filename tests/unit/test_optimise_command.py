@@ -6,17 +6,19 @@ import hashlib
 import random
 from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 from vigil.storage.v1 import storage_pb2_grpc
 from vigil_cli import optimise as module
 from vigil_cli.optimise import gather_images
-from vigil_client import StorageClient
+from vigil_client import StorageClient, StoredFrame
+from vigil_common.config import SecuritySettings
+from vigil_common.grpc.server import create_server
 from vigil_common.store.embedded import EmbeddedFrameStore
 from vigil_common.store.ports import Record
 from vigil_common.streams.memory import MemoryStreams
 from vigil_storage.annotations import Heard
 from vigil_storage.app import Storage
+from vigil_storage.bootstrap import ACCESS
 from vigil_storage.reviews import Reviews
 from vigil_storage.servicer import FrameServicer
 
@@ -57,6 +59,10 @@ class Bench:
         }
         await self._frames.write([Record(f"{M}/cam1", T0 + self._count * 100_000, labels, body, "image/png")])
 
+    async def drop(self, frame_id: str) -> None:
+        """As retention does."""
+        await self._frames._db.execute("DELETE FROM frames WHERE frame_id = ?", (frame_id,))
+
     async def images(self, normal: Path | None = None) -> tuple[list[str], list[str]]:
         good, bad = await gather_images(self.client, M, normal, None)
         return [image.decode() for image in good], [image.decode() for image in bad]
@@ -68,13 +74,12 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     annotations = await EmbeddedFrameStore.open(tmp_path / "annotations")
     log = MemoryStreams().reviews
     reviews = Reviews(frames, annotations, log, heard=Heard(), now_us=lambda: T0 + 10**9, chance=random.Random(1))
-    server = grpc.aio.server()
-    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(Storage(frames, None), reviews), server)  # type: ignore[arg-type]
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with StorageClient(f"127.0.0.1:{port}") as client:
+    handle = create_server("127.0.0.1:0", access=ACCESS, security=SecuritySettings())
+    storage_pb2_grpc.add_FrameServiceServicer_to_server(FrameServicer(Storage(frames, None), reviews), handle.server)  # type: ignore[arg-type]
+    await handle.start()
+    async with StorageClient(f"127.0.0.1:{handle.port}") as client:
         yield Bench(frames, client)
-    await server.stop(None)
+    await handle.drain(0)
     await frames.close()
     await annotations.close()
 
@@ -101,6 +106,20 @@ async def test_what_people_called_otherwise_is_not_normal_though_it_was_judged_s
     await bench.keep("missed", human="anomalous")
     await bench.keep("unclear", human="unsure")
     assert await bench.images() == (["judged"], ["missed"])
+
+
+async def test_what_retention_drops_meanwhile_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        await bench.keep(f"judged {number}")
+    get = bench.client.frames_get
+
+    async def dropped_first(model: str, frame_id: str, *, camera: str | None = None) -> tuple[StoredFrame, bytes]:
+        if frame_id == "f1":
+            await bench.drop(frame_id)
+        return await get(model, frame_id, camera=camera)
+
+    monkeypatch.setattr(bench.client, "frames_get", dropped_first)
+    assert await bench.images() == (["judged 1", "judged 2"], [])
 
 
 async def test_no_image_is_of_both_kinds(bench: Bench, tmp_path: Path) -> None:

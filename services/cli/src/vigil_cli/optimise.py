@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from vigil_client import HumanLabel, Model, StorageClient
+from vigil_client import HumanLabel, Model, ServiceError, StorageClient
 from vigil_common.bundle import open_bundle
 
 from vigil_cli.options import DEFAULT_STORAGE, StorageAddress, Token, Version, console, narrow_table, run
@@ -128,7 +128,12 @@ async def _stored(
         async for frame in storage.frames_query(name, **query):
             if len(images) == _MEASURED_IMAGES:
                 return images
-            _, image = await storage.frames_get(name, frame.frame_id, camera=frame.camera)
+            try:
+                _, image = await storage.frames_get(name, frame.frame_id, camera=frame.camera)
+            except ServiceError as error:
+                if error.failure.code != "NOT_FOUND":
+                    raise
+                continue  # what was found first is the oldest, which a quota drops meanwhile
             if image not in without:
                 images.append(image)
     return images
