@@ -169,6 +169,7 @@ async def test_coco_regions_are_the_masks(tmp_path: Path) -> None:
         assert reviewed.mask
         truth = np.asarray(Image.open(io.BytesIO(reviewed.mask))) > 0
         assert (np.array(flat).reshape((height, width), order="F") == truth).all()
+        assert not region["iscrowd"]  # else trainers leave it out
         left, top, wide, high = region["bbox"]
         assert truth[top : top + high, left : left + wide].sum() == truth.sum() == region["area"]
 

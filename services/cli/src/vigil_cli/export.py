@@ -213,7 +213,7 @@ class _Writing:
                 "id": len(self.coco_annotations) + 1,
                 "image_id": number,
                 "category_id": 1,
-                "iscrowd": 1,  # what COCO calls a region given as run lengths
+                "iscrowd": 0,  # run lengths or not: trainers leave crowds out, and COCO's evaluation ignores them
                 "area": int(marked.sum()),
                 "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
                 "segmentation": {"size": list(marked.shape), "counts": run_lengths(marked)},
