@@ -18,6 +18,7 @@ from PIL import Image
 from vigil_cli.export import Format, run_lengths, write_export
 from vigil_cli.sources import SourceError
 from vigil_client import Annotation, HumanLabel, ReviewedFrame, StoredFrame
+from vigil_common.pixels import decode
 
 from tests.support.anomalib import anomalib_folder
 
@@ -83,6 +84,19 @@ async def test_anomalib_pairs_every_image_with_its_own_mask(tmp_path: Path) -> N
         assert (label == "abnormal") == (mask is not None)
     (unmasked,) = (tmp_path / "out" / "abnormal_unmasked").iterdir()
     assert unmasked.read_bytes() == frames[4].image
+
+
+async def test_sixteen_bits_are_written_as_models_see_them_for_who_reads_eight(tmp_path: Path) -> None:
+    steps = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    deep = frame("deep", HumanLabel.NORMAL, encoded(steps))
+    root = tmp_path / "out"
+    await write_export(given([deep]), root, Format.FOLDER, {})
+    check_sums(root)
+    (entry,) = json.loads((root / "manifest.json").read_text())["files"]
+    assert entry["turned_from"]["sha256"] == hashlib.sha256(deep.image).hexdigest()
+    # As Anomalib's `read_image` does.
+    image = np.asarray(Image.open(root / entry["path"]).convert("RGB"))
+    assert (image == decode(deep.image, max_pixels=48)[..., None]).all()
 
 
 async def test_what_became_unsure_or_is_not_there_yet_is_left_out(tmp_path: Path) -> None:

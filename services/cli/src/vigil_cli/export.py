@@ -6,7 +6,8 @@ number of fixed width, image and mask share it, and anomalous images without a m
 
 Masks lie over images as people see them. Anomalib reads an image as it is stored, whatever its EXIF data say of turning
 it (`read_image` in data/utils/image.py at 35bbeaae: `Image.open(path).convert("RGB")`). So one that is to be turned is
-written turned, as PNG without EXIF data; the manifest says so, and has the checksum of what is stored.
+written turned, as PNG without EXIF data; the manifest says so, and has the checksum of what is stored. Likewise one of
+sixteen bits, which that conversion cuts off at 255, all but white, is written in eight, as the models here see it.
 """
 
 import asyncio
@@ -47,7 +48,7 @@ SUFFIXES = {
     "image/tiff": ".tiff",
     "image/webp": ".webp",
 }
-PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 MAX_PIXELS = 100_000_000
 
 
@@ -278,12 +279,15 @@ def run_lengths(marked: "NDArray[np.bool_]") -> list[int]:
 
 
 def _turned(data: bytes) -> bytes | None:
-    """The image as people see it, as PNG; None where it is stored so, or is none."""
+    """The image as people see it, as PNG; None where it is read so as it is stored, or is none."""
+    from vigil_common.pixels import decode  # noqa: PLC0415 - loads numpy, see above
+
     try:
         image = images.open_header(data, max_bytes=len(data), max_pixels=MAX_PIXELS)
-        if images.orientation(image) == 1:
+        deep = image.mode.startswith("I")
+        if images.orientation(image) == 1 and not deep:
             return None
-        upright = images.upright(image)
+        upright = Image.fromarray(decode(data, max_pixels=MAX_PIXELS)) if deep else images.upright(image)
         out = io.BytesIO()
         (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(out, "PNG")
     except (InvalidInput, OSError, ValueError, SyntaxError):  # such as a frame that could not be judged for it
