@@ -223,6 +223,18 @@ def test_sixteen_bits_are_shown_at_their_brightness() -> None:
         assert (content_type, shown.getpixel((0, 0))) == ("image/png", 128)
 
 
+def test_a_turned_webp_is_shown_turned_since_browsers_leave_it() -> None:
+    exif = Image.Exif()
+    plain, turned = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (6, 4)).save(plain, "WEBP")
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(turned, "WEBP", exif=exif)
+    assert pictures.shown(plain.getvalue(), "image/webp") == (plain.getvalue(), "image/webp")
+    data, content_type = pictures.shown(turned.getvalue(), "image/webp")
+    with Image.open(io.BytesIO(data)) as shown:
+        assert (content_type, shown.size) == ("image/png", (4, 6))
+
+
 def test_a_canvas_without_a_mark_is_no_mask() -> None:
     assert pictures.drawn(image(mode="RGBA", fill=(255, 0, 0, 100))) == b""
 

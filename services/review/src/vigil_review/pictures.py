@@ -10,7 +10,7 @@ from vigil_common.errors import InvalidInput
 MAX_MASK_BYTES = 8 << 20
 MAX_PIXELS = 100_000_000
 # What every browser shows as it is.
-SHOWN = frozenset({"image/jpeg", "image/png", "image/bmp", "image/webp"})
+SHOWN = frozenset({"image/jpeg", "image/png", "image/bmp"})
 
 
 def shown(image: bytes, content_type: str) -> tuple[bytes, str]:
@@ -22,10 +22,14 @@ def shown(image: bytes, content_type: str) -> tuple[bytes, str]:
     if content_type in SHOWN:
         return image, content_type
     opened = images.open_header(image, max_bytes=len(image), max_pixels=MAX_PIXELS)
+    # How its EXIF data say it is to be turned, Chromium does not look: masks would be drawn in the wrong place.
+    if content_type == "image/webp" and images.orientation(opened) == 1:
+        return image, content_type
     try:
+        upright = images.upright(opened)
         # Sixteen bits, which a mere conversion would cut off at white.
-        deep = opened.mode.startswith("I")
-        converted = opened.point(lambda value: value * (1 / 256)).convert("L") if deep else opened.convert("RGB")
+        deep = upright.mode.startswith("I")
+        converted = upright.point(lambda value: value * (1 / 256)).convert("L") if deep else upright.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise InvalidInput("IMAGE_UNREADABLE", f"the image can't be read: {error}") from error
     file = io.BytesIO()
