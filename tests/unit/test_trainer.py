@@ -126,6 +126,15 @@ def test_an_image_given_twice_is_not_measured_by_what_learned_it() -> None:
         train(normal[:3] * 2, name="cells")
 
 
+def test_the_image_whose_score_is_the_threshold_is_called_anomalous_by_the_graph_too() -> None:
+    cells, chance = load_cells(), np.random.default_rng(0)
+    for _ in range(2):
+        normal = [cells.train[place] for place in chance.choice(len(cells.train), 30, replace=False)]
+        abnormal = [cells.defective[place] for place in chance.choice(len(cells.defective), 8, replace=False)]
+        found = scores(session(open_bundle(train(normal, abnormal, name="cells", parity=0).bundle)), abnormal)
+        assert not ((found < 0.5) & (found > 0.5 - 1e-5)).any()
+
+
 def scratched(image: bytes) -> tuple[bytes, bytes]:
     """A cell with a bright patch, and its mask."""
     pixels = np.array(Image.open(io.BytesIO(image)).convert("L"))
