@@ -302,20 +302,25 @@ async def test_no_more_than_the_window_is_in_flight(server: Server) -> None:
     assert len(results) == 12
 
 
-async def test_the_source_is_not_read_ahead_of_results_taken(server: Server) -> None:
+@pytest.mark.parametrize(("threaded", "most"), [(False, 7), (True, 12)], ids=["async", "in a thread"])
+async def test_the_source_is_not_read_far_ahead_of_results_taken(server: Server, *, threaded: bool, most: int) -> None:
     read = 0
 
-    async def source() -> AsyncIterator[Frame]:
+    def source() -> Iterator[Frame]:
         nonlocal read
         for frame in _frames(100):
             read += 1
             yield frame
 
+    async def as_async() -> AsyncIterator[Frame]:
+        for frame in source():
+            yield frame
+
     async with asyncio.timeout(DEADLINE_S), VigilClient(f"127.0.0.1:{server.port}", window=5) as client:
-        stream = client.stream(source())
+        stream = client.stream(source() if threaded else as_async())
         await anext(stream)
         await client.submit(Frame(b"image", "m"))
-        assert read <= 7
+        assert read <= most
         assert [result async for result in stream]
     assert read == 100
 
