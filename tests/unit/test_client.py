@@ -302,7 +302,8 @@ async def test_no_more_than_the_window_is_in_flight(server: Server) -> None:
     assert len(results) == 12
 
 
-@pytest.mark.parametrize(("threaded", "most"), [(False, 7), (True, 12)], ids=["async", "in a thread"])
+# Taken, in the window and in hand; in a thread as many as the window ahead, and one in its hand.
+@pytest.mark.parametrize(("threaded", "most"), [(False, 1 + 5 + 1), (True, 1 + 5 + 1 + 5 + 1)], ids=["async", "thread"])
 async def test_the_source_is_not_read_far_ahead_of_results_taken(server: Server, *, threaded: bool, most: int) -> None:
     read = 0
 

@@ -15,6 +15,7 @@ import tarfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from unittest.mock import MagicMock
 from urllib.parse import unquote
 
 import pytest
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from vigil_cli import rollout
 from vigil_cli.demo import split_cells
 from vigil_cli.local import LocalStack, StackError, find_store
+from vigil_cli.local.commands import write_environment
 from vigil_cli.local.process import Process, free_port
 from vigil_cli.local.resources import ResourceFiles
 from vigil_cli.main import app
@@ -244,6 +246,37 @@ def test_what_is_applied_and_is_none_is_said_in_a_sentence(tmp_path: Path, text:
         ResourceFiles(tmp_path).apply(text)
 
 
+def test_what_is_applied_again_takes_away_what_it_said_before_and_leaves_what_others_said(tmp_path: Path) -> None:
+    files = ResourceFiles(tmp_path)
+    text = f"{HEAD}, metadata: {{name: m}}, spec: {{replicas: 2, source: {{model: m, version: '1'}}}}}}"
+    assert files.apply(text) == {"m": "created"}
+    files.patch("m", {"spec": {"threshold": 0.7, "suspend": True}})
+    assert files.apply(text) == {"m": "unchanged"}
+    assert files.get("m")["spec"] == {
+        "replicas": 2,
+        "source": {"model": "m", "version": "1"},
+        "threshold": 0.7,
+        "suspend": True,
+    }
+    assert files.apply(text.replace("replicas: 2, ", "suspend: false, ")) == {"m": "configured"}
+    body = files.get("m")
+    assert body["spec"] == {"source": {"model": "m", "version": "1"}, "threshold": 0.7, "suspend": False}
+    assert body["metadata"]["generation"] == 3
+
+
+def test_the_environment_of_a_platform_with_tls_says_whom_to_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIGIL_TLS_CA_FILE", "ca.crt")
+    where = dict.fromkeys(["ingest", "storage", "shadow", "inference"], "127.0.0.1:1")
+    stack = MagicMock(folder=tmp_path, **{f"{part}_address": address for part, address in where.items()})
+    write_environment(stack)
+    lines = (tmp_path / "env").read_text().splitlines()
+    assert f"export VIGIL_TLS_CA_FILE={tmp_path}/ca.crt" in lines
+    assert "export VIGIL_ADDRESS=127.0.0.1:1" in lines
+
+
 def test_status_says_why_a_rollout_stands_still_and_where_live_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +288,9 @@ def test_status_says_why_a_rollout_stands_still_and_where_live_decides(
     files.write_status("first", {"phase": "Live", "live": {"version": 1, "threshold": 0.7}, "conditions": [promoted]})
     synced = {"type": "Synced", "status": "False", "reason": "ModelTaken", "message": "first has model cells already"}
     files.write_status("second", {"phase": "Pending", "conditions": [synced]})
-    every = CliRunner().invoke(app, ["status"]).output
+    shown = CliRunner().invoke(app, ["status"])
+    every = shown.output
+    assert (shown.exit_code, "no platform runs in" in every) == (1, True)
     assert "second: ModelTaken: first has model cells already" in every
     assert "first: " not in every
     assert "live decides at 0.7" in CliRunner().invoke(app, ["status", "first"]).output

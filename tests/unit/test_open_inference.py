@@ -37,6 +37,15 @@ async def test_any_request_id_is_taken_and_comes_back(request_id: str) -> None:
     assert (frame_id == request_id) == (request_id == "line-1:42")
 
 
+async def test_an_output_that_there_is_none_of_is_refused_by_its_name() -> None:
+    asked = request("r", picture(1))
+    asked.outputs.add(name="heat")
+    async with serving() as served:
+        with pytest.raises(grpc.aio.AioRpcError, match="not 'heat'") as caught:
+            await served.open_inference.ModelInfer(asked)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_one_bad_image_fails_the_call_and_nobody_goes_on_waiting_for_the_others() -> None:
     async with serving() as served:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

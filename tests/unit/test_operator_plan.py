@@ -390,6 +390,11 @@ async def test_a_version_that_a_person_turned_down_is_held_when_it_is_asked_for_
     assert (world.status.last_failure.version, world.status.last_failure.reason) == (2, "Aborted")
     assert world.condition("Promoted") == ("False", "Aborted")
     assert (world.events[-1].reason, "resume" in world.events[-1].message) == ("Aborted", True)
+    promoted = next(one for one in world.status.conditions if one.type == "Promoted")
+    assert "resume` tries it again" in promoted.message
+    world.ask("promote")
+    await world.settle(1)
+    assert world.status.last_request_refused == "there is no candidate; `kubectl vigil resume` tries it again"
 
 
 async def test_a_candidate_goes_where_a_version_is_asked_for_that_was_turned_down() -> None:

@@ -278,6 +278,8 @@ async def test_a_replay_counts_each_stored_frame_once_however_often_it_breaks_of
     assert frames == [4, 8, 12, 16, 20, 24, 28, 30]
     assert (fields["replayed"], fields["dropped"], fields["candidate_failed"]) == ("30", "1", "4")
     assert (fields["frames"], fields["new_alarms"]) == ("25", "5")
+    report, _ = await Shadow(streams.reports, streams.routing, None, None, lambda _: FakeJudge()).report(MODEL, "week")
+    assert report.run == "replay-week", "as it was called when it was asked for"
     # What has no end ends where the first call was made.
     assert {where.stop_us for where in archive.asked} == {1_000}
     assert [progress.done async for progress in replay(asked(), streams.reports, archive, FakeJudge())] == [True]

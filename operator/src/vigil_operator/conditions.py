@@ -95,7 +95,7 @@ def _promoted(resource: Resource, status: Status, seen: Observed, target: Publis
             return None, "RegistryUnavailable", seen.away.get("Registry", "")
         return False, "UnknownVersion", why_unknown(resource.spec.source, seen.versions)
     if failure is not None and failure.digest == target.digest and phase in (Phase.FAILED, Phase.HELD):
-        return False, failure.reason, failure.message
+        return False, failure.reason, f"{failure.message}; {TRY_AGAIN}"
     refused = refused_by_a_person(status, target)
     if refused is not None and turned_down(resource, status, target):
         return False, refused.outcome, f"{refused.message}; {TRY_AGAIN}"

@@ -225,7 +225,9 @@ class _Draft:
         if request.verb == "retry" and candidate is None:
             return self._retry(target)
         if candidate is None:
-            return "there is no candidate" if request.verb else _REQUEST_HELP
+            refused = target is not None and turned_down(self.resource, self.status, target)
+            why = f"there is no candidate; {TRY_AGAIN}" if refused else "there is no candidate"
+            return why if request.verb else _REQUEST_HELP
         wrong = self._untimely(request, candidate)
         if wrong:
             return wrong

@@ -87,5 +87,8 @@ async def _read_back(storage: StorageClient, frame: Frame, score: float, deadlin
 
 
 def _failed(part: str, failure: Failure | None) -> int:
-    errors.print(f"{part}: {failure or 'gave no verdict'}")
+    why = "gave no verdict"
+    if failure is not None:
+        why = f"{failure.reason or failure.code}: {failure.message}"
+    errors.print(f"{part}: {why}", soft_wrap=True)
     return 1

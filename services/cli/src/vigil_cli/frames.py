@@ -7,6 +7,7 @@ from typing import Annotated
 from urllib.parse import unquote
 
 import typer
+from rich.table import Table
 from vigil_client import Annotation, HumanLabel, ReviewedFrame, StorageClient, StoredFrame
 
 from vigil_cli.options import (
@@ -80,7 +81,7 @@ def query(
                     reviewed=reviewed,
                     disagreement=disagreement,
                     labels=labels,
-                    limit=limit,
+                    limit=limit + 1,
                 )
                 if frames := [frame async for frame in found]:
                     return frames
@@ -88,13 +89,23 @@ def query(
             return []
 
     frames = run(work())
-    if as_json:
+    more = len(frames) > limit
+    frames = frames[:limit]
+    if not frames:
+        if not as_json:
+            errors.print(f"no stored frame of {model} is like that")
+    elif as_json:
         for frame in frames:
             typer.echo(json.dumps(_plain(frame)))
-        return
-    if not frames:
-        errors.print(f"no stored frame of {model} is like that")
-        return
+    else:
+        console.print(_table(frames))
+    if more:
+        last = f"{frames[-1].captured_at.astimezone():%Y-%m-%dT%H:%M:%S}"
+        errors.print(f"the oldest {limit}, and there are more: --limit, or --since {last}", soft_wrap=True)
+
+
+def _table(frames: Sequence[StoredFrame]) -> Table:
+    """A line each."""
     # Columns without anything to tell apart would push the others off a narrow terminal.
     cameras, people = len({frame.camera for frame in frames}) > 1, any(frame.annotation for frame in frames)
     names = ["captured", "score", "label", "version", *["camera"] * cameras, *["people"] * people]
@@ -106,7 +117,7 @@ def query(
             judged = (f"{found.score:.3f}", "anomalous" if found.anomalous else "normal", str(found.version))
         told_of = [*[frame.camera] * cameras, *[_people(frame)] * people]
         table.add_row(frame.frame_id, f"{frame.captured_at.astimezone():%m-%d %H:%M:%S}", *judged, *told_of)
-    console.print(table)
+    return table
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their errors look."""
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Coroutine, Iterator
@@ -108,6 +109,19 @@ async def check_known(storage: StorageClient, model: str) -> None:
     with suppress(ServiceError):  # who may look at frames need not be allowed to list models
         if not await storage.models_list(model):
             raise NotFound("UNKNOWN_MODEL", f"no model is called {model}; `vigil model list` shows them")
+
+
+class _ClientsWords(logging.Handler):
+    """What the client library says while it goes on, and what to do where nobody answers."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        errors.print(record.getMessage(), soft_wrap=True)
+        if getattr(record, "nobody", False):
+            errors.print(start_it(), soft_wrap=True)
+
+
+logging.getLogger("vigil_client").addHandler(_ClientsWords())
 
 
 def say_error(text: str) -> None:

@@ -91,10 +91,12 @@ def _nobody_looks(where: Resources) -> str:
     return ""
 
 
-def warn(where: Resources) -> None:
+def warn(where: Resources) -> bool:
     """Say so where nobody looks after these."""
-    if why := _nobody_looks(where):
+    why = _nobody_looks(where)
+    if why:
         errors.print(why, soft_wrap=True)
+    return bool(why)
 
 
 def _version(status: dict[str, Any], role: str) -> str:
@@ -126,12 +128,18 @@ def status(
         names = [name] if name else await asyncio.to_thread(_where.names)
         return [await asyncio.to_thread(_where.get, each) for each in names]
 
-    warn(_where)
     found = run(work())
     if as_json:
         for body in found:
             typer.echo(json.dumps({"name": body["metadata"]["name"], **body.get("status", {})}))
-        return
+    else:
+        _show(found, alone=bool(name))
+    if warn(_where):
+        raise typer.Exit(1)  # what was shown is of the last time
+
+
+def _show(found: list[dict[str, Any]], *, alone: bool) -> None:
+    """A line each, and what they wait for."""
     table = Table("name", "phase", "live", "candidate", "compared", "flips", "ready")
     for body in found:
         said = body.get("status", {})
@@ -141,7 +149,7 @@ def status(
         roles = (_version(said, "live"), _version(said, "candidate"))
         table.add_row(body["metadata"]["name"], said.get("phase", "-"), *roles, *numbers, ready)
     console.print(table)
-    if name:
+    if alone:
         _explain(found[0].get("status", {}))
         return
     for body in found:

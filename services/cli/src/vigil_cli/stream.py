@@ -135,16 +135,19 @@ async def _collect(
             progress.advance(task)
             tally.add(result)
             name = names.pop(result.frame_id)
+            picture = None
+            if result.verdict is not None and result.verdict.visualization:
+                picture = pictures / f"{result.frame_id}.png"
+                await asyncio.to_thread(_save, picture, result.verdict.visualization)
             if as_json:
-                typer.echo(json.dumps(_plain(result, name)))
+                typer.echo(json.dumps({**_plain(result, name), **({"picture": str(picture)} if picture else {})}))
             elif result.error is not None:
                 reason = result.error.reason or result.error.code
                 if tally.errors[reason] <= _SHOWN_OF_A_KIND:
                     errors.print(f"{name}: {reason}: {result.error.message}", soft_wrap=True)
             elif result.verdict is not None and result.verdict.anomalous:
-                console.print(f"{name}: anomalous, {result.verdict.score:.3f}", soft_wrap=True)
-            if result.verdict is not None and result.verdict.visualization:
-                await asyncio.to_thread(_save, pictures / f"{result.frame_id}.png", result.verdict.visualization)
+                shown = f", {picture}" if picture else ""
+                console.print(f"{name}: anomalous, {result.verdict.score:.3f}{shown}", soft_wrap=True)
 
 
 def _save(path: Path, picture: bytes) -> None:

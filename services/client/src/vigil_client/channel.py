@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Visualisations and bundles' chunks are larger than gRPC's 4 MiB.
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-_TLS_FILES = ("VIGIL_TLS_CA_FILE", "VIGIL_TLS_KEY_FILE", "VIGIL_TLS_CERT_FILE")
+TLS_FILES = ("VIGIL_TLS_CA_FILE", "VIGIL_TLS_KEY_FILE", "VIGIL_TLS_CERT_FILE")
 # Without a port gRPC would ask 443, and of a URL it says something else.
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s/:\[\]]+):[0-9]{1,5}|(dns|ipv4|ipv6|unix|unix-abstract|xds):\S+")
 _TOKEN = re.compile(r"[!-~]*")
@@ -120,7 +120,7 @@ class Connected:
 
     def _certificates(self) -> tuple[int, ...]:
         """When each file was written."""
-        names = () if self._credentials is not None else _TLS_FILES
+        names = () if self._credentials is not None else TLS_FILES
         return tuple(Path(os.environ[name]).stat().st_mtime_ns for name in names if os.environ.get(name))
 
 
@@ -136,7 +136,5 @@ def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
 
 
 def _from_environment() -> grpc.ChannelCredentials | None:
-    ca, key, certificate = (
-        Path(os.environ[name]).read_bytes() if os.environ.get(name) else None for name in _TLS_FILES
-    )
+    ca, key, certificate = (Path(os.environ[name]).read_bytes() if os.environ.get(name) else None for name in TLS_FILES)
     return grpc.ssl_channel_credentials(ca, key, certificate) if ca else None

@@ -194,14 +194,14 @@ class VigilClient(Connected):
         nobody = failure.code == "UNAVAILABLE"
         if nobody or time.monotonic() - flight.first_sent_s >= _LONG_S:
             what = "no answer from ingest" if nobody else failure.reason or failure.code
-            self._say("%s, trying for up to %.0f s: %s", what, self.max_retry_s, failure.message)
+            self._say("%s, trying for up to %.0f s: %s", what, self.max_retry_s, failure.message, nobody=nobody)
 
-    def _say(self, text: str, *about: object) -> None:
-        """Now and then."""
+    def _say(self, text: str, *about: object, nobody: bool = False) -> None:
+        """Now and then; the log's record has `nobody` where no server answers."""
         now = time.monotonic()
         if now >= self._quiet_until_s:
             self._quiet_until_s = now + _SAID_EVERY_S
-            _log.warning(text, *about)
+            _log.warning(text, *about, extra={"nobody": nobody})
 
     def _too_late(self, flight: _InFlight, wait_s: float) -> bool:
         return time.monotonic() + wait_s - flight.first_sent_s > self.max_retry_s

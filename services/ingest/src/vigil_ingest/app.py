@@ -98,7 +98,9 @@ class Ingest:
         authorize(model)
         known = self._models.get(model) or await self._discover(model)
         if known is None or known.route is None:
-            raise NotFound("UNKNOWN_MODEL", f"no version of model {model} is live; publish and promote one first")
+            raise NotFound(
+                "UNKNOWN_MODEL", f"no version of model {model} is live; publish one and apply an AnomalyModel for it"
+            )
         live = known.route.live.version
         if version is not None and version != live:
             raise NotLive(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INPUT = "image"
 PICTURES = ("anomaly_map", "mask", "visualization")
+OUTPUTS = ("score", "label", "threshold", *PICTURES)
 VISUALIZATIONS = {
     "none": types_pb2.VISUALIZATION_NONE,
     "simple": types_pb2.VISUALIZATION_SIMPLE,
@@ -212,6 +213,8 @@ def _images(request: oip.ModelInferRequest) -> list[bytes]:
 
 
 def _options(request: oip.ModelInferRequest, wanted: list[str]) -> types_pb2.OutputOptions:
+    if unknown := next((name for name in wanted if name not in OUTPUTS), None):
+        raise InvalidInput("OUTPUT_UNKNOWN", f"outputs are {', '.join(OUTPUTS)}, not {unknown[:32]!r}")
     named = request.parameters["visualization"].string_param if "visualization" in request.parameters else "none"
     if named not in VISUALIZATIONS:
         raise InvalidInput("INPUT_INVALID", f"parameter visualization is none, simple or full, not {named[:32]!r}")

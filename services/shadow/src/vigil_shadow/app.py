@@ -76,6 +76,10 @@ class Shadow:
             raise InvalidInput("MODEL_MISSING", "model is needed")
         found = run or await self._reports.latest(model) or ""
         fields = await self._reports.fields(model, found) if found else {}
+        if not fields and run and not run.startswith(REPLAY):
+            # A replay may be called as it was when it was asked for.
+            found = REPLAY + run
+            fields = await self._reports.fields(model, found)
         if "candidate_digest" not in fields:
             what = f"run {run} of model {model}" if run else f"a comparison of model {model}"
             raise NotFound("NO_COMPARISON", f"there is no report of {what}; start one, or name another run")

@@ -97,7 +97,7 @@ class Routes:
     async def _compare(self, model: str, candidate: Candidate | None) -> Route:
         before = await self._routing.get(model)
         if before is None:
-            raise NotFound("UNKNOWN_MODEL", f"no version of {model} is live; promote one first")
+            raise NotFound("UNKNOWN_MODEL", f"no version of {model} is live; apply an AnomalyModel for one")
         _check_unmanaged(before)
         return await self._routing.write(model, live=before.live, candidate=candidate, after=before.generation)
 

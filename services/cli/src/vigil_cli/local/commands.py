@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shlex
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from vigil_client.channel import TLS_FILES
 from vigil_common.errors import InvalidInput, Unavailable
+from vigil_common.logging import configure
 
 from vigil_cli import INTERRUPTED
 from vigil_cli.local.resources import ResourceFiles
@@ -17,6 +21,8 @@ from vigil_cli.rollout import Name, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vigil_cli.local.stack import LocalStack
 
 app = typer.Typer(help="The whole platform on this machine.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option(envvar=FOLDER_VARIABLE, help="The platform's folder.")]
@@ -39,19 +45,13 @@ def up(folder: Folder = FOLDER) -> None:
             console.print(text, soft_wrap=True)
 
         assert starting is not None  # noqa: S101 - this is a task
+        # What the operator does is said once, as `say` says it.
+        configure("operator", "WARNING")
         on_signals(starting.cancel)
         try:
             async with LocalStack(folder, log=say) as stack:
                 on_signals(stop.set)
-                addresses = {
-                    "VIGIL_ADDRESS": stack.ingest_address,
-                    "VIGIL_STORAGE_ADDRESS": stack.storage_address,
-                    "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
-                    "VIGIL_INFERENCE_ADDRESS": stack.inference_address,
-                    FOLDER_VARIABLE: str(stack.folder),
-                }
-                lines = "".join(f"export {key}={value}\n" for key, value in addresses.items())
-                (stack.folder / "env").write_text(lines)
+                write_environment(stack)
                 say(f"review page: {await stack.add_review(inference_address=stack.inference_address)}")
                 say(f"up; in other terminals first: source {stack.folder / 'env'}")
                 keeping = asyncio.create_task(stack.keep_up(stop))
@@ -69,6 +69,20 @@ def up(folder: Folder = FOLDER) -> None:
     run(work())
 
 
+def write_environment(stack: LocalStack) -> None:
+    """The file FOLDER/env, by which commands of other terminals find the platform."""
+    found = {
+        "VIGIL_ADDRESS": stack.ingest_address,
+        "VIGIL_STORAGE_ADDRESS": stack.storage_address,
+        "VIGIL_SHADOW_ADDRESS": stack.shadow_address,
+        "VIGIL_INFERENCE_ADDRESS": stack.inference_address,
+        FOLDER_VARIABLE: str(stack.folder),
+        # Clients need them where the services were started with TLS.
+        **{name: str(Path(os.environ[name]).absolute()) for name in TLS_FILES if os.environ.get(name)},
+    }
+    (stack.folder / "env").write_text("".join(f"export {key}={shlex.quote(value)}\n" for key, value in found.items()))
+
+
 @app.command("apply")
 def apply_(
     file: Annotated[Path, typer.Option("--file", "-f", exists=True, dir_okay=False, help="YAML of AnomalyModels.")],
@@ -77,7 +91,7 @@ def apply_(
 ) -> None:
     """Ask for what a YAML file says; the same file works with kubectl."""
 
-    async def work() -> list[str]:
+    async def work() -> dict[str, str]:
         try:
             text = await asyncio.to_thread(file.read_text, "utf-8")
         except UnicodeDecodeError as error:
@@ -85,8 +99,8 @@ def apply_(
         return await asyncio.to_thread(ResourceFiles(folder).apply, text)
 
     warn(ResourceFiles(folder))
-    for name in run(work()):
-        console.print(f"anomalymodel/{name} applied")
+    for name, what in run(work()).items():
+        console.print(f"anomalymodel/{name} {what}")
 
 
 @app.command()

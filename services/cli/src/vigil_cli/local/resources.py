@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 NAMESPACE = "local"
+# What was last applied, by which the next time knows what is no longer asked for; kubectl keeps the same.
+_APPLIED = f"{GROUP}/last-applied"
 # As Kubernetes has it, without its dots.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -63,13 +65,16 @@ class ResourceFiles:
             raise NotFound("UNKNOWN_RESOURCE", f"there is no AnomalyModel {name} in {self._folder}")
         return {**body, "status": self._read(f"{name}.status.json") or {}}
 
-    def apply(self, text: str) -> list[str]:
-        """Take the AnomalyModels of a YAML text in; their names.
+    def apply(self, text: str) -> dict[str, str]:
+        """Take the AnomalyModels of a YAML text in, as `kubectl apply` does: what it never said stays as it is.
+
+        Returns:
+            Name to "created", "configured" or "unchanged".
 
         Raises:
             InvalidInput: RESOURCE_INVALID.
         """
-        applied = []
+        applied = {}
         try:
             documents = list(yaml.safe_load_all(text))
         except yaml.YAMLError as error:
@@ -78,8 +83,9 @@ class ResourceFiles:
         if not documents:
             raise InvalidInput("RESOURCE_INVALID", "there is no AnomalyModel in it")
         for document in documents:
-            name, spec = _checked(document)
+            name, asked = _checked(document)
             old = self._read(f"{name}.json")
+            spec = asked
             body = old or {
                 "metadata": {
                     "name": name,
@@ -90,12 +96,19 @@ class ResourceFiles:
                     "generation": 0,
                 }
             }
+            annotations = body["metadata"]["annotations"]
+            if old is not None:
+                before = json.loads(annotations.get(_APPLIED, json.dumps(old["spec"])))
+                spec = _merge(old["spec"], _with_removals(before, asked))
+                _checked({**document, "spec": spec})
+            applied[name] = "created" if old is None else "unchanged"
             if body.get("spec") != spec:
                 if old is not None and old["spec"]["source"]["model"] != spec["source"]["model"]:
                     raise InvalidInput("RESOURCE_INVALID", "source.model can't be changed; make another AnomalyModel")
                 body["metadata"]["generation"] += 1
+                applied[name] = "created" if old is None else "configured"
+            annotations[_APPLIED] = json.dumps(asked)
             self._write(f"{name}.json", {"apiVersion": f"{GROUP}/{VERSION}", "kind": KIND, **body, "spec": spec})
-            applied.append(name)
         return applied
 
     def patch(self, name: str, patch: dict[str, Any]) -> None:
@@ -164,6 +177,14 @@ def _said(error: ErrorDetails) -> str:
         return "there is no such field"
     number = error["type"] == "string_type" and isinstance(error["input"], int)
     return f"{error['msg']}, so put it in quotes" if number else error["msg"]
+
+
+def _with_removals(before: Any, asked: Any) -> Any:
+    """The patch that brings what is asked for, and takes away what was asked for before and is no longer."""
+    if not (isinstance(before, dict) and isinstance(asked, dict)):
+        return asked
+    gone = dict.fromkeys(before.keys() - asked.keys())
+    return {**gone, **{key: _with_removals(before.get(key), value) for key, value in asked.items()}}
 
 
 def _merge(old: Any, patch: Any) -> Any:
