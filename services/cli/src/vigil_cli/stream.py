@@ -73,7 +73,7 @@ def stream(
     try:
         run(work())
     finally:  # a camera's stream ends by Ctrl-C
-        if not as_json:
+        if tally.frames and not as_json:
             console.print(tally.table())
         for line in tally.remarks(named=as_json):
             errors.print(line, soft_wrap=True)
