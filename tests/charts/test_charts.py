@@ -16,8 +16,12 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from redis import Redis
+from vigil_common.grpc.workers import worker_address
 from vigil_common.streams import acl
+from vigil_operator.observed import Resource
 from vigil_operator.phases import Phase
+from vigil_operator.render import GRPC_PORT, server_name
+from vigil_operator.spec import Spec
 
 from tests.e2e.cluster import programs
 from tests.support.valkey import ValkeyProcess
@@ -274,6 +278,17 @@ def test_each_service_sees_its_own_redis_password_alone_where_there_are_several(
     assert seen == {name: (name, name) if users else ("vigil",) for name in names}
 
 
+def test_the_page_finds_workers_where_the_operator_says_they_are() -> None:
+    deployments = of_kind(CHARTS / "vigil" / "ci" / "minimal-values.yaml", "Deployment")
+    (page,) = [part for part in deployments if part["metadata"]["name"] == "vigil-review"]
+    (container,) = page["spec"]["template"]["spec"]["containers"]
+    setting = next(one["value"] for one in container["env"] if one["name"] == "VIGIL_INFERENCE_ADDRESS")
+    spec = Spec.model_validate({"source": {"model": "cells", "version": "1"}})
+    resource = Resource("solar", "line-1", "1", 1, spec, None, "")
+    found = worker_address(setting, resource.spec.source.model, resource.full_name)
+    assert found == f"{server_name(resource)}:{GRPC_PORT}"
+
+
 def certificate_names(*settings: str) -> set[str]:
     given = ("tls.enabled=true", "tls.certManager.enabled=true", "tls.certManager.issuer=ours", *settings)
     done = helm("template", "vigil", str(CHARTS / "vigil"), "--namespace=here", *(f"--set={one}" for one in given))
@@ -290,7 +305,7 @@ def test_the_certificate_names_the_workers_as_operator_and_page_know_them() -> N
 def test_whoever_brings_a_certificate_is_told_that_it_names_the_workers(tmp_path: Path) -> None:
     said = notes(tmp_path, "vigil", "tls.enabled=true", "tls.existingSecret=ours").partition("must name:")[2]
     assert "*.here.svc" in said
-    assert "vigil-MODEL.NAMESPACE.svc" in said
+    assert "vigil-NAME.NAMESPACE.svc" in said
 
 
 def test_the_definition_outlives_the_release() -> None:

@@ -6,18 +6,23 @@ import asyncio
 import io
 import re
 import ssl
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 import trustme
 from aiohttp import FormData
 from PIL import Image
+from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
+from vigil.types.v1 import types_pb2
 from vigil_cli.local.process import free_port
 from vigil_common.errors import InvalidInput
 from vigil_common.store.ports import ModelInfo
+from vigil_common.streams.ports import Live
 from vigil_review import bootstrap, pictures
+from vigil_review.backend import Backend, BackendError
 from vigil_review.config import Settings
 from vigil_review.domain import BINS, Frame, cameras
 from vigil_review.sessions import MOST
@@ -154,6 +159,34 @@ async def test_images_are_shown_as_they_are_and_tiff_as_png(site: Site) -> None:
     with Image.open(io.BytesIO(await answer.read())) as shown:
         assert shown.getpixel((0, 0)) == (2, 2, 2)
     assert (await client.get(f"/m/{M}/f/line-1/f1/ai-view")).status == 404
+
+
+async def test_the_workers_of_an_anomalymodel_are_asked_wherever_it_is_and_whatever_its_name(
+    site: Site, tmp_path: Path
+) -> None:
+    class Worker(inference_pb2_grpc.InferenceServiceServicer):
+        async def Predict(  # noqa: N802
+            self, request: inference_pb2.PredictRequest, _: Any
+        ) -> inference_pb2.PredictResponse:
+            return inference_pb2.PredictResponse(verdict=types_pb2.Verdict(mask=types_pb2.Picture(data=request.image)))
+
+        async def Describe(self, *_: object) -> inference_pb2.DescribeResponse:  # noqa: N802
+            raise NotImplementedError
+
+    address = f"file:{tmp_path}/{{namespace}}/{{resource}}"
+    async with AsyncExitStack() as stack:
+        server = grpc.aio.server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(Worker(), server)
+        (tmp_path / "line-1").mkdir()
+        (tmp_path / "line-1" / "solar").write_text(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+        stack.push_async_callback(server.stop, None)
+        backend = Backend(Settings(storage_address=f"127.0.0.1:{site.storage.port}", inference_address=address))
+        stack.push_async_callback(backend.close)
+        with pytest.raises(BackendError, match="no worker of cells"):
+            await backend.pictures(site.tokens["Ann"], M, b"image")
+        await site.streams.routing.write(M, live=Live(1, "sha256:1", None), managed_by="line-1/solar")
+        assert await backend.pictures(site.tokens["Ann"], M, b"image") == (b"", b"image")
 
 
 async def test_sessions_end_by_themselves_and_are_bounded(site: Site) -> None:

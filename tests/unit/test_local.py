@@ -182,6 +182,10 @@ def test_the_live_worker_s_address_is_read_anew_at_each_call(tmp_path: Path) -> 
     with pytest.raises(Unavailable):
         worker_address(setting, "../secret")
     assert worker_address("vigil-{model}.ns.svc:50052", "cells") == "vigil-cells.ns.svc:50052"
+    by_resource = "vigil-{resource}.{namespace}.svc:50052"
+    assert worker_address(by_resource, "cells", "line-1/solar") == "vigil-solar.line-1.svc:50052"
+    with pytest.raises(Unavailable, match="no worker of cells"):
+        worker_address(by_resource, "cells")
 
 
 async def test_a_second_platform_in_a_folder_is_refused(tmp_path: Path) -> None:

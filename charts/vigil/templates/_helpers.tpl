@@ -312,7 +312,7 @@ spec:
 - {{ $host }}.{{ $.Release.Namespace }}.svc
 - {{ $host }}.{{ $.Release.Namespace }}.svc.cluster.local
 {{- end }}
-{{- /* Workers, each model's by the Service vigil-MODEL beside its AnomalyModel. */}}
+{{- /* Workers, by the Service vigil-NAME beside the AnomalyModel of that name. */}}
 - {{ printf "*.%s.svc" (default .Release.Namespace .Values.review.modelsNamespace) | quote }}
 {{- /* For kubectl port-forward. */}}
 - localhost

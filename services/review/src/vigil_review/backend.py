@@ -13,12 +13,12 @@ from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.security import connect
-from vigil_common.grpc.workers import worker_address
+from vigil_common.grpc.workers import by_resource, worker_address
 
 from vigil_review.domain import Detail, Frame, Said, Version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
 
     from vigil_review.config import Settings
@@ -95,15 +95,19 @@ class Backend:
 
     async def roles(self, token: str, model: str) -> dict[int, str]:
         """Which version is "live", and which is its "candidate"."""
-        request = storage_pb2.ListRoutesRequest(model=model)
-        with _translated():
-            answer = await self._routes.ListRoutes(request, metadata=_bearer(token), timeout=CALL_S)
         found: dict[int, str] = {}
-        for route in answer.routes:
+        for route in await self._routes_of(token, model):
             found[route.live.version] = "live"
             if route.HasField("candidate"):
                 found[route.candidate.version] = "candidate"
         return found
+
+    async def _routes_of(self, token: str, model: str) -> Sequence[storage_pb2.Route]:
+        """The model's route; none where nothing is live."""
+        request = storage_pb2.ListRoutesRequest(model=model)
+        with _translated():
+            answer = await self._routes.ListRoutes(request, metadata=_bearer(token), timeout=CALL_S)
+        return answer.routes
 
     async def queue(
         self, token: str, model: str, reviewer: str, *, size: int, again: bool
@@ -171,10 +175,12 @@ class Backend:
         """Whether heat maps and masks can be asked for."""
         return bool(self._settings.inference_address)
 
-    async def pictures(self, model: str, image: bytes) -> tuple[bytes, bytes]:
+    async def pictures(self, token: str, model: str, image: bytes) -> tuple[bytes, bytes]:
         """The live version's heat map over the image, and its mask (PNG); empty where it gives none."""
+        setting = self._settings.inference_address
+        routes = await self._routes_of(token, model) if by_resource(setting) else ()
         try:
-            address = worker_address(self._settings.inference_address, model)
+            address = worker_address(setting, model, next((route.managed_by for route in routes), ""))
         except Unavailable as error:
             raise BackendError(grpc.StatusCode.UNAVAILABLE, error.message) from error
         if address not in self._workers:

@@ -15,8 +15,9 @@ class Settings(SecuritySettings):
     Attributes:
         review_bind: "HOST:PORT" of the page; HTTPS where `tls_cert_file` is set.
         storage_address: Storage as HOST:PORT.
-        inference_address: A model's live workers as HOST:PORT or file:PATH, "{model}" standing for its name, see
-            `vigil_common.grpc.workers`; they are asked for heat map and mask. Empty: pages go without.
+        inference_address: A model's live workers as HOST:PORT or file:PATH, "{model}" standing for its name and
+            "{resource}" and "{namespace}" for its AnomalyModel's, see `vigil_common.grpc.workers`; they are asked for
+            heat map and mask. Empty: pages go without.
         session_s: After so many seconds without a click people log in again.
         metrics_port: Prometheus metrics; 0 for none.
         log_level: Least level logged.

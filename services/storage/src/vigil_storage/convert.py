@@ -274,4 +274,6 @@ def route_of(route: Route) -> storage_pb2.Route:
         return types_pb2.ModelVersion(name=route.model, version=found.version, digest=found.digest)
 
     candidate = version(route.candidate) if route.candidate else None
-    return storage_pb2.Route(live=version(route.live), candidate=candidate, comparison=route.comparison)
+    return storage_pb2.Route(
+        live=version(route.live), candidate=candidate, comparison=route.comparison, managed_by=route.managed_by
+    )

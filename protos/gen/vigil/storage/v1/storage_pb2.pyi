@@ -950,8 +950,11 @@ class Route(_message.Message):
     LIVE_FIELD_NUMBER: _builtins.int
     CANDIDATE_FIELD_NUMBER: _builtins.int
     COMPARISON_FIELD_NUMBER: _builtins.int
+    MANAGED_BY_FIELD_NUMBER: _builtins.int
     comparison: _builtins.int
     """Number of the comparison under way; zero where there is none."""
+    managed_by: _builtins.str
+    """The AnomalyModel that decides, as NAMESPACE/NAME; empty where people do."""
     @_builtins.property
     def live(self) -> _types_pb2.ModelVersion: ...
     @_builtins.property
@@ -964,10 +967,11 @@ class Route(_message.Message):
         live: _types_pb2.ModelVersion | None = ...,
         candidate: _types_pb2.ModelVersion | None = ...,
         comparison: _builtins.int = ...,
+        managed_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "live", b"live"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "comparison", b"comparison", "live", b"live"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate", b"candidate", "comparison", b"comparison", "live", b"live", "managed_by", b"managed_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
