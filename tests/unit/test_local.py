@@ -243,6 +243,7 @@ def test_a_path_that_is_not_there_is_named() -> None:
         (f"{HEAD}, metadata: x, spec: {{}}}}", "metadata must hold fields, not 'x'"),
         (f"{HEAD}, metadata: {{name: m}}, spec: 5}}", "spec must hold fields, not 5"),
         (f"{HEAD}, metadata: {{name: 5}}, spec: {{source: {{model: m, version: '2'}}}}}}", "metadata.name 5"),
+        (f"{HEAD}, metadata: {{name: {'m' * 51}}}, spec: {{source: {{model: m, version: '2'}}}}}}", "up to 50"),
     ],
 )
 def test_what_is_applied_and_is_none_is_said_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 from vigil_common.errors import InvalidInput, NotFound
-from vigil_operator.spec import GROUP, KIND, VERSION, Spec
+from vigil_operator.spec import GROUP, KIND, NAME_AT_MOST, NAME_PATTERN, VERSION, Spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 NAMESPACE = "local"
 # What was last applied, by which the next time knows what is no longer asked for; kubectl keeps the same.
 _APPLIED = f"{GROUP}/last-applied"
-# As Kubernetes has it, without its dots.
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class ResourceFiles:
@@ -160,9 +158,10 @@ def _checked(document: Any) -> tuple[str, dict[str, Any]]:
                 raise InvalidInput("RESOURCE_INVALID", f"{part} must hold fields, not {document[part]!r}")
         Spec.model_validate(document["spec"])
         name = document["metadata"]["name"]
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or len(name) > NAME_AT_MOST or not re.fullmatch(NAME_PATTERN, name):
             raise InvalidInput(
-                "RESOURCE_INVALID", f"metadata.name {name!r}: up to 63 lower-case letters, digits and dashes"
+                "RESOURCE_INVALID",
+                f"metadata.name {name!r}: up to {NAME_AT_MOST} lower-case letters, digits and dashes",
             )
         return name, dict(document["spec"])
     except ValidationError as error:
