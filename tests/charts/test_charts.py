@@ -642,6 +642,18 @@ def test_the_operators_chart_refuses_with_a_sentence(settings: tuple[str, ...], 
     assert says in refused("vigil-operator", *settings)
 
 
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "redis+cluster", "rediss+cluster"])
+def test_every_redis_that_services_know_is_taken(scheme: str) -> None:
+    url = f"{scheme}://there:6379"
+    for chart, settings in (
+        ("vigil", ("valkey.enabled=false", f"externalRedis.url={url}")),
+        ("vigil-operator", (f"platform.redisUrl={url}", "secrets.redis=a")),
+    ):
+        done = helm("template", "vigil", str(CHARTS / chart), *(f"--set={setting}" for setting in settings))
+        assert done.returncode == 0, done.stderr
+        assert f'{{name: VIGIL_REDIS_URL, value: "{url}"}}' in done.stdout
+
+
 @pytest.mark.parametrize("size", ["20Gi", "0.5Ti", "1.5T", ".5G", "1e12", "8589934592", "08Gi"])
 def test_every_size_that_kubernetes_knows_is_taken(size: str) -> None:
     done = helm("template", "vigil", str(CHARTS / "vigil"), f"--set-string=valkey.persistence.size={size}")

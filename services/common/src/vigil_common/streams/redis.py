@@ -111,7 +111,7 @@ class RedisStreams:
         budget_bytes: int = 256 << 20,
         dedup_window_s: int = 300,
     ) -> Self:
-        """Open `redis://` or `rediss://` for one node, `redis+cluster://` for a cluster.
+        """Open `redis://` or `rediss://` for one node, `redis+cluster://` or `rediss+cluster://` for a cluster.
 
         The library's own retries are off: a repeated XADD is a second frame, a repeated XREADGROUP strands entries.
 
