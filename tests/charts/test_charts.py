@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from redis import Redis
+from redis import AuthenticationError, Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from vigil_common.grpc.workers import worker_address
 from vigil_common.streams import acl
 from vigil_operator.observed import Resource
@@ -24,7 +26,7 @@ from vigil_operator.render import GRPC_PORT, server_name
 from vigil_operator.spec import Spec
 
 from tests.e2e.cluster import programs
-from tests.support.valkey import ValkeyProcess
+from tests.support.valkey import ValkeyProcess, free_port, server_binary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -260,6 +262,32 @@ def test_queue_and_store_hear_that_they_are_to_stop(tmp_path: Path) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, env={"PATH": f"{root}/bin:/usr/bin:/bin"}) as process:
             told, _ = process.communicate(timeout=10)
         assert int(told) == process.pid, command
+
+
+@pytest.mark.parametrize("password", ["secret", 'a "quoted" one', r"back\slash\n %s $HOME `it's`", "  ünder space\r\n"])
+def test_valkey_asks_for_any_password_that_a_secret_holds(tmp_path: Path, password: str) -> None:
+    done = helm(
+        *("template", "vigil", str(CHARTS / "vigil"), "--show-only=templates/valkey.yaml"),
+        "--set=valkey.existingSecret=passwords",
+    )
+    (server,) = [part for part in yaml.safe_load_all(done.stdout) if part["kind"] == "StatefulSet"]
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    for folder in ("bin", "etc/vigil/redis", "etc/valkey", "run/valkey"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "etc/vigil/redis/password").write_text(password)
+    port = free_port()
+    (tmp_path / "etc/valkey/valkey.conf").write_text(f"bind 127.0.0.1\nport {port}\n")
+    (tmp_path / "bin/valkey-server").symlink_to(server_binary())
+    command = [re.sub(r"(?<![\w/])/(?=(etc|run)/)", f"{tmp_path}/", word) for word in container["command"]]
+    with subprocess.Popen(command, cwd=tmp_path, env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}) as process:
+        try:
+            retry = Retry(ConstantBackoff(0.1), 100)
+            with Redis(port=port, password=password.strip(), retry=retry) as redis:
+                assert redis.ping()
+            with Redis(port=port, retry=Retry(ConstantBackoff(0), 0)) as stranger, pytest.raises(AuthenticationError):
+                stranger.ping()
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(("values", "users"), [("full", True), ("external", False)])

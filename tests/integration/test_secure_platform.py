@@ -47,8 +47,8 @@ class Secrets:
         ]
         self.path("tokens.yaml").write_text(yaml.safe_dump({"tokens": entries}))
         self.path("token").write_text(self.tokens["service"])
-        for name in ("redis-password", "store-token"):
-            self.path(name).write_text(secrets.token_hex(32))
+        self.path("redis-password").write_text(f'with a space and "{secrets.token_hex(32)}"')
+        self.path("store-token").write_text(secrets.token_hex(32))
 
     def path(self, name: str) -> Path:
         return self.folder / name

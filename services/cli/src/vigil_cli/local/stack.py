@@ -312,7 +312,8 @@ class LocalStack:
         password = self._secret("VIGIL_REDIS_PASSWORD_FILE")
         config = data / "valkey.conf"  # not an argument, which everybody on the machine could read
         config.touch(mode=0o600)
-        config.write_text(f"requirepass {password}\n" if password else "")
+        quoted = password.replace("\\", "\\\\").replace('"', '\\"')
+        config.write_text(f'requirepass "{quoted}"\n' if password else "")
         command = [str(get_binary_path()), str(config), "--dir", str(data), *settings.split(), *limits.split()]
         # Encoded images do not get smaller, and its log, which grows by each of them, is written anew less often.
         command += ["--save", "", "--rdbcompression", "no", "--auto-aof-rewrite-min-size", "256mb"]
