@@ -136,6 +136,27 @@ async def test_a_broken_version_fails_with_its_reason_and_live_stays(
         await asyncio.sleep(0.05)
 
 
+async def test_a_candidate_waits_for_room_in_a_quota(world: Kube) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}}
+    hard = {"count/deployments.apps": "1"}
+    await world.kubectl("apply", "-f", "-", stdin=yaml.safe_dump({**quota, "spec": {"hard": hard}}))
+
+    async def room(count: int) -> None:
+        """As the controller would say it, which does not run here."""
+        known = {"status": {"hard": {"count/deployments.apps": str(count)}, "used": {"count/deployments.apps": "1"}}}
+        patch = ("patch", "resourcequota/few", "--subresource=status", "--type=merge", f"-p={json.dumps(known)}")
+        await world.kubectl(*patch)
+
+    await _live_v1(world)
+    await room(1)
+    await world.apply("cells", 2)
+    status = await world.until("cells", lambda found: "quota" in found["candidate"]["message"], "told of the quota")
+    assert status["phase"] == "Verifying"
+    assert "exceeded quota: few" in status["candidate"]["message"]
+    await room(2)
+    await world.phase("cells", "Shadowing")
+
+
 async def test_what_pods_say_of_themselves_counts(world: Kube) -> None:
     await _live_v1(world)
     world.node.says[world.digest(2)] = world.digest(9)

@@ -66,6 +66,7 @@ class World:
         report: The comparison under way, or the last one, as it was last asked for.
         name_taken: Somebody else has made what the model's objects are named.
         refused: Why Kubernetes will not have a version's workers, by version.
+        full: The quota that has no room for a version's workers, by version.
         namespaces: Whose resources the operator looks after; empty for all.
         writes: How often the status was written.
     """
@@ -91,6 +92,7 @@ class World:
     report: Report | None = None
     name_taken: bool = False
     refused: dict[int, str] = field(default_factory=dict)
+    full: dict[int, str] = field(default_factory=dict)
     namespaces: tuple[str, ...] = ()
     writes: int = 0
 
@@ -195,6 +197,8 @@ class _Workers:
     async def ensure(self, _: Resource, version: int, digest: str, numerics: Numerics) -> None:
         if why := self.world.refused.get(version):
             raise InvalidInput("CLUSTER_REFUSED", why)
+        if quota := self.world.full.get(version):
+            raise InvalidInput("QUOTA_EXCEEDED", f"exceeded quota: {quota}")
         if digest not in self.world.workers or self.world.numerics[digest] != numerics:
             self.world.check("cluster")
             self.world.act()

@@ -49,6 +49,27 @@ async def test_a_candidate_whose_workers_kubernetes_refuses_fails_by_that_and_li
     assert await rounds(world) == 0
 
 
+async def test_a_candidate_waits_for_room_in_a_quota_and_fails_by_it_where_none_comes_in_time() -> None:
+    world = World(published=[1, 2, 3])
+    await world.settle()
+    world.full = {2: "compute", 3: "compute"}
+    world.apply(spec_of(2))
+    await world.settle(1)
+    assert (world.status.phase, world.wake_after_s) == (Phase.VERIFYING, 1.0)
+    assert world.status.candidate is not None
+    assert world.status.candidate.message == "QuotaExceeded: exceeded quota: compute"
+    assert await rounds(world) == 0
+    del world.full[2]
+    await world.settle(1)
+    assert await world.live() == 2
+    world.apply(spec_of(3, rollout={"verifyTimeout": "5m"}))
+    await world.settle(1)
+    await world.settle(301)
+    assert (world.status.phase, await world.live()) == (Phase.FAILED, 2)
+    assert world.status.last_failure is not None
+    assert world.status.last_failure.reason == "QuotaExceeded"
+
+
 async def test_what_is_refused_of_live_is_said_once_and_over_once_it_is_done() -> None:
     world = World()
     await world.settle()

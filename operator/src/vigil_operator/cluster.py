@@ -15,6 +15,7 @@ import aiohttp
 import kopf
 from vigil_common.errors import InvalidInput, NotFound, Unavailable
 
+from vigil_operator.observed import QUOTA_EXCEEDED
 from vigil_operator.render import MANAGER, Manifest
 from vigil_operator.spec import GROUP, KIND, PLURAL, VERSION
 
@@ -35,6 +36,8 @@ TOKEN_AGE_S = 60.0
 MESSAGE_AT_MOST = 1000
 _PLURALS = {"NetworkPolicy": "networkpolicies", KIND: PLURAL}
 _REFUSALS = ("typed patch", "failed to convert")
+# What a ResourceQuota says, in words alone: the rest of its answer is that of any other 403.
+_QUOTA = "exceeded quota"
 _MERGED = (200, 201, 202)
 
 
@@ -92,7 +95,7 @@ class Api:
         Raises:
             Unavailable: CLUSTER_UNAVAILABLE: try again.
             NotFound: NOT_IN_CLUSTER.
-            InvalidInput: CLUSTER_REFUSED: the same call will be refused again.
+            InvalidInput: CLUSTER_REFUSED: the same call will be refused again. QUOTA_EXCEEDED: until there is room.
         """
         headers = {"Content-Type": content_type} if content_type else {}
         data = json.dumps(body) if body is not None else None
@@ -116,7 +119,8 @@ class Api:
         broken = answer.status >= 500 and not any(text in message for text in _REFUSALS)  # noqa: PLR2004
         if broken or answer.status in (401, 409, 429):
             raise Unavailable("CLUSTER_UNAVAILABLE", f"the API server could not do it now: {message}")
-        raise InvalidInput("CLUSTER_REFUSED", f"Kubernetes refuses {method} {path}: {message}")
+        reason = QUOTA_EXCEEDED if answer.status == 403 and _QUOTA in message else "CLUSTER_REFUSED"  # noqa: PLR2004
+        raise InvalidInput(reason, f"Kubernetes refuses {method} {path}: {message}")
 
     async def apply(self, manifest: Manifest, *, subresource: str = "") -> Manifest:
         """Server-side apply as the operator; what it no longer names, it gives up."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NAME_TAKEN = "NAME_TAKEN"
 # What Kubernetes refuses for the model as a whole; of one version's workers it is that version's problem.
 REFUSED = "REFUSED"
+# What it refuses for as long as a ResourceQuota has no room.
+QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
 # "VERB DIGEST ID", set by `kubectl vigil`; each is dealt with once.
 REQUEST_ANNOTATION = "vigil.dev/request"
 _REQUEST = re.compile(r"^(promote|force-promote|abort|rollback|retry) (sha256:[0-9a-f]{64}|-) (\S{1,64})$")

@@ -25,7 +25,7 @@ from vigil_operator.actions import (
     WriteStatus,
 )
 from vigil_operator.effects import POLL_S, RESYNC_S
-from vigil_operator.observed import NAME_TAKEN, REFUSED, Observed, Problem, RouteSeen, Workload
+from vigil_operator.observed import NAME_TAKEN, QUOTA_EXCEEDED, REFUSED, Observed, Problem, RouteSeen, Workload
 from vigil_operator.phases import Phase
 from vigil_operator.plan import plan
 
@@ -102,14 +102,21 @@ class _Trouble:
     """
 
     away: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, Problem] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.away or self.refused)
 
     def same(self, other: _Trouble) -> bool:
         """Whether it is the same, whatever the sentences."""
-        return (self.away.keys(), self.refused.keys()) == (other.away.keys(), other.refused.keys())
+        return (self.away.keys(), self._reasons()) == (other.away.keys(), other._reasons())
+
+    def _reasons(self) -> dict[str, str]:
+        return {digest: problem.reason for digest, problem in self.refused.items()}
+
+    def lasting(self) -> bool:
+        """Whether the same would be refused again."""
+        return not self.away.keys() - {REFUSED} and all(problem.final for problem in self.refused.values())
 
 
 class Reconciler:
@@ -197,8 +204,8 @@ class Reconciler:
             if not told:
                 continue  # so that the status tells of it
             if trouble:
-                # What is refused once is refused again, until something else changes.
-                return status, POLL_S if trouble.away.keys() - {REFUSED} else RESYNC_S
+                # What is refused for good is so until something else changes.
+                return status, RESYNC_S if trouble.lasting() else POLL_S
             if not any(isinstance(action, WriteStatus | WriteRoute | KeepFraction) for action in made.actions):
                 return status, made.wake_after_s
         log.error("unsettled", resource=resource.name, namespace=resource.namespace, phase=status.phase.value)
@@ -229,7 +236,9 @@ class Reconciler:
             )
             refused = isinstance(error, InvalidInput)
             if isinstance(action, EnsureWorkers) and refused:
-                trouble.refused[action.digest] = error.message
+                full = error.reason == QUOTA_EXCEEDED
+                reason = "QuotaExceeded" if full else "Refused"
+                trouble.refused[action.digest] = Problem(reason, error.message, final=not full)
             elif isinstance(action, WriteRoute | KeepFraction):
                 trouble.away["Routing"] = error.message
             elif not isinstance(action, Emit):
@@ -294,10 +303,10 @@ class Reconciler:
         return decides if elsewhere else "", RouteSeen(record.live, record.candidate, kept, ours, record.comparison)
 
 
-def _with_refusals(found: Mapping[str, Workload], refused: Mapping[str, str]) -> Mapping[str, Workload]:
+def _with_refusals(found: Mapping[str, Workload], refused: Mapping[str, Problem]) -> Mapping[str, Workload]:
     """What Kubernetes will not have is wrong with those workers, whether there are some from before or none."""
     workloads = dict(found)
-    for digest, why in refused.items():
+    for digest, problem in refused.items():
         known = workloads.get(digest, Workload(digest, 1, 0))
-        workloads[digest] = replace(known, problems=(Problem("Refused", why, final=True), *known.problems))
+        workloads[digest] = replace(known, problems=(problem, *known.problems))
     return workloads
