@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from vigil_cli import rollout
 from vigil_operator.cluster import path_of
 from vigil_operator.leading import ALIVE_S
+from vigil_operator.render import DIGEST_LABEL, short
 
 from tests.e2e.cluster import programs
 from tests.e2e.cluster.light import LightCluster
@@ -454,6 +455,12 @@ async def test_scaling_by_kubectl_reaches_the_workers(world: Kube) -> None:
     await world.kubectl("scale", "am/cells", "--replicas=3")
     status = await world.until("cells", lambda found: found["live"]["readyReplicas"] == 3, "scaled")
     assert status["replicas"] == 3
+    # A HorizontalPodAutoscaler counts live's pods alone, as that number does, though a candidate has some beside them.
+    await world.apply("cells", 2)
+    await world.until("cells", lambda found: found["candidate"]["readyReplicas"] > 0, "with a candidate")
+    scale = json.loads(await world.kubectl("get", "am/cells", "--subresource=scale", "-o", "json"))["status"]
+    pods = await world.api.list("v1", "Pod", world.namespace, scale["selector"])
+    assert [pod["metadata"]["labels"][DIGEST_LABEL] for pod in pods] == [short(world.digest(1))]
     kinds = ("ServiceAccount", "ConfigMap", "Service")
     found = [await world.api.list("v1", kind, world.namespace) for kind in kinds]
     assert ["vigil-cells" in [body["metadata"]["name"] for body in bodies] for bodies in found] == [True] * 3

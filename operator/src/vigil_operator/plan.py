@@ -29,6 +29,7 @@ from vigil_operator.observed import (
 )
 from vigil_operator.phases import BETWEEN_VERSIONS, Event, Phase, after
 from vigil_operator.refusals import BY_A_PERSON, TRY_AGAIN, turned_down
+from vigil_operator.render import worker_selector
 from vigil_operator.spec import LATEST, duration_s
 from vigil_operator.status import (
     HISTORY_AT_MOST,
@@ -574,7 +575,7 @@ class _Draft:
         live = self.status.live
         workers = self.workers(live.digest) if live else None
         self.change(replicas=max(workers.desired, workers.ready) if workers else 0)
-        self.change(selector=f"vigil.dev/anomalymodel={self.resource.name}")
+        self.change(selector=worker_selector(self.resource, live.digest if live else None))
 
     def status_action(self, old: Status) -> tuple[Action, ...]:
         """Write the status where it has changed."""

@@ -99,6 +99,12 @@ def service_name(resource: Resource) -> str:
     return f"vigil-{resource.name}"
 
 
+def worker_selector(resource: Resource, digest: str | None) -> str:
+    """Selects the pods of a version, or of every one."""
+    every = f"{MODEL_LABEL}={resource.name}"
+    return f"{every},{DIGEST_LABEL}={short(digest)}" if digest else every
+
+
 def server_name(resource: Resource) -> str:
     """What the workers' certificate is issued for."""
     return f"{service_name(resource)}.{resource.namespace}.svc"

@@ -127,7 +127,7 @@ class Status(Part):
         default_factory=list
     )
     replicas: Annotated[int, Field(description="Workers of the live version.")] = 0
-    selector: Annotated[str, Field(description="Selects the workers, for the scale subresource.")] = ""
+    selector: Annotated[str, Field(description="Selects live's workers, for the scale subresource.")] = ""
     conditions: Annotated[
         list[Condition],
         Field(
