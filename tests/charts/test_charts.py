@@ -110,6 +110,17 @@ def test_every_pod_is_restricted_and_has_no_token_it_does_not_need(values: Path)
             assert container["resources"]["limits"]["memory"], name
 
 
+def test_every_pod_can_be_given_the_limits_that_a_quota_asks_for() -> None:
+    parts = ("ingest", "storage", "shadow", "review", "valkey", "reductstore", "test")
+    given = [f"--set={part}.resources.limits.cpu=2" for part in parts]
+    done = helm("template", "vigil", str(CHARTS / "vigil"), *given)
+    assert done.returncode == 0, done.stderr
+    made = [part for part in yaml.safe_load_all(done.stdout) if part]
+    seen = [part["spec"] for part in made if part["kind"] == "Pod"]
+    seen += [part["spec"]["template"]["spec"] for part in made if part["kind"] in ("Deployment", "StatefulSet")]
+    assert [container["resources"]["limits"]["cpu"] for pod in seen for container in pod["containers"]] == [2] * 7
+
+
 @each_installation
 def test_every_running_part_is_probed_in_three_ways(values: Path) -> None:
     for name, pod in pods(values):
