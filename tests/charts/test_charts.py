@@ -573,6 +573,21 @@ def test_a_part_without_any_target_is_down_too(shadow: str) -> None:
     assert "absent" not in alert("VigilDown", "metrics.serviceMonitor.enabled=false")["expr"]
 
 
+def test_an_operator_that_does_not_answer_or_has_no_pod_is_seen_by_its_charts_alert() -> None:
+    full = CHARTS / "vigil-operator" / "ci" / "full-values.yaml"
+    (service,), (made,) = of_kind(full, "Service"), of_kind(full, "PrometheusRule")
+    (rule,) = made["spec"]["groups"][0]["rules"]
+    job = service["metadata"]["name"]
+    seen, absent = rule["expr"].splitlines()
+    assert absent == f'or absent(up{{namespace="here", job="{job}"}})'
+    (pattern,) = re.findall(r'^sum by \(namespace, job\) \(up\{namespace="here", job=~"([^"]+)"\}\) == 0$', seen)
+    assert re.fullmatch(pattern, job)
+    assert not re.fullmatch(pattern, f"other-{job}")
+    # Jobs of another's making have names of another's making.
+    settings = ("--set=prometheusRule.enabled=true", "--show-only=templates/deployment.yaml")
+    assert "absent" not in helm("template", "vigil", str(CHARTS / "vigil-operator"), *settings).stdout
+
+
 def test_a_failed_rollout_is_seen_by_a_counter_that_grows() -> None:
     expression = alert("VigilRolloutFailed")["expr"]
     (phases,) = re.findall(r'increase\(vigil_operator_transitions_total\{phase=~"([^"]+)"\}\[15m\]\)', expression)
