@@ -341,6 +341,13 @@ def test_the_certificate_names_the_workers_as_operator_and_page_know_them() -> N
     assert {"*.here.svc", "*.line-2.svc"} <= certificate_names("tls.certManager.extraDnsNames={*.line-2.svc}")
 
 
+@pytest.mark.parametrize("user", ["0", "1000650000"])
+def test_the_operator_hears_as_whom_workers_run(user: str) -> None:
+    settings = (f"--set=workers.runAsUser={user}", "--show-only=templates/deployment.yaml")
+    done = helm("template", "vigil", str(CHARTS / "vigil-operator"), *settings)
+    assert f'{{name: VIGIL_WORKER_RUN_AS_USER, value: "{user}"}}' in done.stdout
+
+
 def test_whoever_brings_a_certificate_is_told_that_it_names_the_workers(tmp_path: Path) -> None:
     said = notes(tmp_path, "vigil", "tls.enabled=true", "tls.existingSecret=ours").partition("must name:")[2]
     assert "*.here.svc" in said

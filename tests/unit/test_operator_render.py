@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from vigil_common.evidence import Gates as EvidenceGates
 from vigil_operator import crd
+from vigil_operator.config import Settings as OperatorSettings
 from vigil_operator.diagnose import last_words, problems_of
 from vigil_operator.observed import Published, Resource, resolve
 from vigil_operator.plan import gates_of
-from vigil_operator.render import WorkerSettings, build_model, build_workers
+from vigil_operator.render import WorkerSettings, build_deployment, build_model, build_workers
 from vigil_operator.spec import Gates, Numerics, Source, Spec, duration_s
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -94,6 +95,15 @@ def test_with_one_redis_password_for_all_everybody_logs_in_as_its_user() -> None
     assert scaled["spec"]["triggers"][0]["metadata"]["username"] == "vigil"
     (authentication,) = [part for part in build_model(_resource(FULL), settings, DIGEST) if "Trigger" in part["kind"]]
     assert authentication["spec"]["secretTargetRef"][0]["key"] == "password"
+
+
+@pytest.mark.parametrize("user", [0, 1000650000])
+def test_workers_run_as_who_the_chart_says_or_the_cluster_decides(user: int) -> None:
+    settings = OperatorSettings(worker_image="a", worker_run_as_user=user).workers()
+    made = build_deployment(_resource(MINIMAL), settings, 1, DIGEST, F32)
+    security = made["spec"]["template"]["spec"]["securityContext"]
+    assert [security.get(key) for key in ("runAsUser", "runAsGroup", "fsGroup")] == [user or None] * 3
+    assert security["runAsNonRoot"] is True
 
 
 def test_without_a_live_version_there_is_no_service() -> None:

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 from vigil_common.config import SecuritySettings
 
-from vigil_operator.render import WorkerSettings
+from vigil_operator.render import USER, WorkerSettings
 
 
 class Settings(SecuritySettings):
@@ -35,6 +35,7 @@ class Settings(SecuritySettings):
         worker_token_secret: A Secret there: `token`, for calls to storage.
         worker_tokens_secret: A Secret there: `tokens.yaml`, who may call workers.
         worker_priority_class: Their PriorityClass.
+        worker_run_as_user: Their user and group; 0: the cluster decides, or else their image.
         worker_log_level: Least level that they log.
         worker_otlp_endpoint: Where they send their frames' spans; empty for nowhere.
         worker_otlp_certificate_file: A file in them: the authority of that collector's certificate.
@@ -63,6 +64,7 @@ class Settings(SecuritySettings):
     worker_token_secret: str = ""
     worker_tokens_secret: str = ""
     worker_priority_class: str = ""
+    worker_run_as_user: int = USER
     worker_log_level: str = "INFO"
     worker_otlp_endpoint: str = ""
     worker_otlp_certificate_file: str = ""
@@ -82,6 +84,7 @@ class Settings(SecuritySettings):
             token_secret=self.worker_token_secret,
             tokens_secret=self.worker_tokens_secret,
             priority_class=self.worker_priority_class,
+            run_as_user=self.worker_run_as_user,
             operator_namespace=self.operator_namespace,
             log_level=self.worker_log_level,
             otlp_endpoint=self.worker_otlp_endpoint,

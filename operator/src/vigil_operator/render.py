@@ -53,6 +53,7 @@ class WorkerSettings:
         token_secret: A Secret there with `token`, for calls to storage; empty for none.
         tokens_secret: A Secret there with `tokens.yaml`: who may call the workers; empty for everybody.
         priority_class: The workers' PriorityClass; empty for none.
+        run_as_user: The workers' user and group; 0 where the cluster decides, or else their image.
         keda: Whether the cluster has KEDA.
         operator_namespace: Where the operator is, whose calls are let in.
         log_level: Least level logged.
@@ -71,6 +72,7 @@ class WorkerSettings:
     token_secret: str = ""
     tokens_secret: str = ""
     priority_class: str = ""
+    run_as_user: int = USER
     keda: bool = False
     operator_namespace: str = ""
     log_level: str = "INFO"
@@ -242,7 +244,7 @@ def build_deployment(
     resource: Resource, settings: WorkerSettings, version: int, digest: str, numerics: Numerics
 ) -> Manifest:
     """A version's workers. A change rolls: no worker goes before another has proven itself."""
-    spec = resource.spec
+    spec, user = resource.spec, settings.run_as_user
     values = environment(resource, settings)
     # Settings are read at the start, so a change of them must start new pods.
     settings_hash = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -264,9 +266,7 @@ def build_deployment(
         "terminationGracePeriodSeconds": GRACE_S,
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
+            **(dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), user) if user else {}),
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "topologySpreadConstraints": [
