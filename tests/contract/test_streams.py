@@ -12,7 +12,7 @@ from redis.crc import key_slot
 from redis.exceptions import ClusterError, ReadOnlyError, ResponseError
 from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput, Unavailable
-from vigil_common.streams import memory, redis_frames
+from vigil_common.streams import memory, redis_connection, redis_frames
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
 from vigil_common.streams.redis import RedisStreams
@@ -519,6 +519,49 @@ async def test_the_answer_to_a_read_that_was_given_up_is_not_taken_for_the_next_
     await asyncio.sleep(0.5)  # past the block: its answer would be there
     for name in ("f1", "f2"):
         assert (await admit(streams, name)).state is Admission.ADMITTED
+    await streams.close()
+    server.stop()
+
+
+@pytest.mark.parametrize("kind", ["node", "cluster"])
+async def test_a_slow_line_carries_a_large_image_to_worker_and_storage_and_then_fewer_at_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_connection, "SOCKET_TIMEOUT_S", 0.2)
+    image = b"x" * 500_000
+    servers = ValkeyCluster(tmp_path / kind).start() if kind == "cluster" else ValkeyProcess(tmp_path / kind).start()
+    server = servers if isinstance(servers, ValkeyProcess) else servers.nodes[key_slot(M.encode()) >= 8192]
+    near = await RedisStreams.connect(servers.url)
+    for name in ("f1", "f2", "f3", "f4"):
+        await admit(near, name, image=image)
+    async with Link(server.port, pause_s=0.05) as link:
+        if isinstance(servers, ValkeyCluster):
+            server.ask("CONFIG", "SET", "cluster-announce-port", str(link.port))
+            while not all(str(link.port) in node.ask("CLUSTER", "SLOTS") for node in servers.nodes):
+                await asyncio.sleep(0.01)
+        far = await RedisStreams.connect(f"{servers.url.rpartition(':')[0]}:{link.port}")
+        source = far.source(M, "far")
+        frames = [*await source.read(count=2, block_ms=100), *await source.read(count=2, block_ms=100)]
+        assert len(frames) == 3
+        await near.source(M, "died").read(count=1, block_ms=100)
+        frames += await source.claim(min_idle_ms=0, count=4, held=[frame.entry_id for frame in frames])
+        await source.emit([emission(frame.entry_id, "f") for frame in frames])
+        stored = [outcome.frame for outcome in await far.outcomes(M, "s").read(count=4, block_ms=100)]
+        assert [frame and frame.image for frame in [*frames, *stored]] == [image] * 8
+        await far.close()
+    await near.close()
+    servers.stop()
+
+
+async def test_a_line_on_which_nothing_more_comes_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_connection, "SOCKET_TIMEOUT_S", 0.2)
+    server = ValkeyProcess(tmp_path / "valkey").start()
+    streams = await RedisStreams.connect(server.url)
+    await streams.ping()
+    server.freeze()
+    with pytest.raises(Unavailable, match="Timeout"):
+        await streams.ping()
+    server.freeze(frozen=False)
     await streams.close()
     server.stop()
 

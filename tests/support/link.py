@@ -12,10 +12,15 @@ class Link:
 
     Attributes:
         target: The port; another one is for new connections, as behind a Service whose endpoint changed.
+
+    Args:
+        port: The port.
+        pause_s: After each 64 KiB, either way: a slow line.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, pause_s: float = 0.0) -> None:
         self.target = port
+        self._pause_s = pause_s
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,14 +60,15 @@ class Link:
         with contextlib.suppress(OSError, asyncio.CancelledError):
             there, back = await asyncio.open_connection("127.0.0.1", self.target)
             self._open |= {writer, back}
-            await asyncio.gather(_copy(reader, back), _copy(there, writer), return_exceptions=True)
+            await asyncio.gather(self._copy(reader, back), self._copy(there, writer), return_exceptions=True)
             for end in (writer, back):
                 end.close()
                 self._open.discard(end)
 
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(1 << 16):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+            if self._pause_s:
+                await asyncio.sleep(self._pause_s)
+        writer.close()

@@ -516,6 +516,28 @@ async def test_our_own_frame_that_takes_long_is_not_judged_twice() -> None:
     assert bench.pipeline.judged == [b"0.75"]
 
 
+async def test_our_own_frame_that_takes_long_to_come_is_not_claimed_meanwhile() -> None:
+    bench = Bench(claim_idle_ms=15)
+    read, came = bench.source.read, asyncio.Event()
+
+    async def slowly(*, count: int, block_ms: int) -> list[QueuedFrame]:
+        frames = await read(count=count, block_ms=block_ms)
+        if frames:
+            await came.wait()
+        return frames
+
+    bench.source.read = slowly  # type: ignore[method-assign]
+    await bench.admit("f1")
+    await bench.promote()
+    async with working(bench):
+        await bench.until(lambda: bool(bench.streams.state(M).pending))
+        await asyncio.sleep(0.1)  # that it is not taken shows only by waiting a moment
+        assert [one.deliveries for one in bench.streams.state(M).pending.values()] == [1]
+        came.set()
+        await bench.until(lambda: "f1" in bench.outcomes())
+    assert bench.pipeline.judged == [b"0.75"]
+
+
 async def test_what_a_stuck_worker_holds_another_one_takes_and_the_stuck_one_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

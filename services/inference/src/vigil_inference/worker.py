@@ -88,6 +88,8 @@ class Worker:
         self._frame_s = frame_s  # the slowest of late
         self._prefetch = prefetch
         self._room = asyncio.Semaphore(prefetch)
+        # On a slow line a read takes its time, and what it brings is not there to be claimed.
+        self._fetching = asyncio.Lock()
         self._route: Route | None = None
         self._role = Role.IDLE
         self._working = asyncio.Event()
@@ -209,7 +211,8 @@ class Worker:
         frames: list[QueuedFrame] = []
         try:
             block_ms = BLOCK_MS if role is Role.LIVE else min(BLOCK_MS, CANDIDATE_BLOCK_MS)
-            frames = await self._sources[role].read(count=count, block_ms=block_ms)
+            async with self._fetching:
+                frames = await self._sources[role].read(count=count, block_ms=block_ms)
             more = len(frames) == count
             self._outbox.together = self._prefetch // (TOGETHER_OF_MORE if more else TOGETHER)
         finally:
@@ -235,9 +238,11 @@ class Worker:
         oldest = next((since for _, since in self._in_hand.values()), math.inf)
         if time.monotonic() - oldest > max(HUNG_S, HUNG_TIMES * idle_ms / 1000):
             raise RuntimeError("a run of the model does not end")
-        # Our own, slow or waiting to be emitted.
-        held = {entry_id for of, entry_id in self._in_hand if of is role} | self._outbox.held(role)
-        for frame in await self._sources[role].claim(min_idle_ms=idle_ms, count=CLAIM_AT_MOST, held=held):
+        async with self._fetching:
+            # Our own, slow or waiting to be emitted.
+            held = {entry_id for of, entry_id in self._in_hand if of is role} | self._outbox.held(role)
+            claimed = await self._sources[role].claim(min_idle_ms=idle_ms, count=CLAIM_AT_MOST, held=held)
+        for frame in claimed:
             await self._room.acquire()
             self._take(role, frame)
 

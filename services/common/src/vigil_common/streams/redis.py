@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import redis.asyncio as aredis
+from redis._parsers import _AsyncHiredisParser
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import SSLConnection
 from redis.asyncio.retry import Retry
@@ -24,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.credentials import CredentialProvider
 
 from vigil_common.errors import InvalidInput
+from vigil_common.streams import redis_connection
 from vigil_common.streams.redis_connection import Connection
 from vigil_common.streams.redis_frames import (
     RedisCandidateSource,
@@ -79,6 +81,24 @@ class _Tls(SSLConnection):
         return super()._connection_arguments()
 
 
+class _Patient(_AsyncHiredisParser):
+    """Takes an answer for as long as more of it comes.
+
+    redis-py's time-out is for all of it: a large image would never come over a slow line.
+    """
+
+    def on_connect(self, connection: Any) -> None:
+        """Know whose time-out it is."""
+        super().on_connect(connection)  # type: ignore[no-untyped-call]
+        self._connection = connection
+
+    async def read_from_socket(self) -> bool:
+        """Take more, and wait anew for what follows."""
+        await super().read_from_socket()  # type: ignore[no-untyped-call]
+        self._connection.update_current_socket_timeout(-1)
+        return True
+
+
 def _without_user(url: str) -> tuple[str, str]:
     """The user of a URL, and the rest."""
     parts = urlsplit(url)
@@ -131,8 +151,16 @@ class RedisStreams:
         if "+cluster://" in url:
             plain = url.replace("+cluster://", "://", 1)
             cluster = RedisCluster.from_url(
-                plain, protocol=2, retry=retry, socket_timeout=5.0, driver_info=None, **more
+                plain,
+                protocol=2,
+                retry=retry,
+                socket_timeout=redis_connection.SOCKET_TIMEOUT_S,
+                driver_info=None,
+                **more,
             )
+            cluster.connection_kwargs["parser_class"] = _Patient
+            for node in cluster.startup_nodes:
+                node.connection_kwargs["parser_class"] = _Patient
             # Raw replies, but for what the cluster client itself asks.
             for name in set(cluster.response_callbacks) - {"COMMAND", "CLUSTER SLOTS", "CLUSTER SHARDS"}:
                 del cluster.response_callbacks[name]
@@ -145,7 +173,8 @@ class RedisStreams:
             url,
             protocol=2,
             retry=retry,
-            socket_timeout=5.0,
+            parser_class=_Patient,
+            socket_timeout=redis_connection.SOCKET_TIMEOUT_S,
             socket_connect_timeout=2.0,
             # A pooled connection may have died with the server; redis-py checks before it is used again.
             health_check_interval=0,

@@ -38,6 +38,8 @@ STORAGE = "storage"
 OWNER = "owner"
 # Calls that share a round trip, and those that share one run of a script, in which the server does nothing else.
 EACH_AT_MOST, CALL_AT_MOST, CALL_BYTES = 64, 16, 1 << 20
+# No connection is waited for longer than this without a sign of it.
+SOCKET_TIMEOUT_S = 5.0
 # What a server says that can't serve now: in a failover, while its disk is full, without its replicas, while somebody's
 # script runs for long.
 AWAY = ("READONLY", "UNBLOCKED", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from redis.exceptions import ResponseError
 
 from vigil_common.errors import Unavailable
 from vigil_common.logging import get_logger
+from vigil_common.streams import redis_connection
 from vigil_common.streams.ports import Admission, Admitted, Depth, Emission, QueuedFrame, QueuedOutcome
 from vigil_common.streams.redis_connection import (
     LIVE,
@@ -143,13 +145,14 @@ class RedisFrameSource:
 
     async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
         """New frames for this consumer; fewer after a read that took too long, for what it was to bring is claimed."""
-        asked = min(count, self._at_most)
+        asked, began = min(count, self._at_most), time.monotonic()
         try:
             entries = await self._fetch(asked, block_ms)
         except Unavailable:
             self._at_most = max(1, asked // 2)
             raise
-        self._at_most = min(READ_AT_MOST, 2 * self._at_most)
+        slow = time.monotonic() - began > redis_connection.SOCKET_TIMEOUT_S
+        self._at_most = max(1, asked // 2) if slow else min(READ_AT_MOST, 2 * self._at_most)
         return [_frame(entry_id, fields) for entry_id, fields in entries]
 
     async def _fetch(self, count: int, block_ms: int) -> list[tuple[bytes, list[bytes]]]:
