@@ -52,6 +52,11 @@ class Link:
         for writer in self._open:
             writer.transport.abort()
 
+    def lose(self) -> None:
+        """Let nothing more through what is open and end nothing, as where a node vanishes; the next ones pass."""
+        for task in self._tasks:
+            task.cancel()
+
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         if task is not None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import tempfile
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,8 @@ from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_common.access import Role
 from vigil_common.bundle import digest
-from vigil_common.errors import DataLost, Unavailable
+from vigil_common.errors import DataLost, Unauthenticated, Unavailable
+from vigil_common.grpc.errors import from_call
 from vigil_common.grpc.security import connect
 from vigil_common.grpc.server import create_server
 from vigil_common.logging import get_logger
@@ -51,6 +53,8 @@ RUNS_AT_MOST = 8
 CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 DRAIN_S = 20.0
 RETRY_S = 1.0
+# Within so long a token that was changed has come to the files of both sides: the kubelet looks each minute.
+TOKEN_S = 180.0
 
 log = get_logger()
 
@@ -61,6 +65,7 @@ async def fetch(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
     Raises:
         Unavailable: Neither can be reached.
         NotFound: No such version.
+        Unauthenticated: Storage goes on refusing the token.
         DataLost: DIGEST_MISMATCH: what came is not what was published.
     """
     if settings.storage_address:
@@ -84,6 +89,7 @@ async def fetch(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
 
 async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, bytes]:
     request = storage_pb2.DownloadRequest(name=settings.model, version=settings.model_version)
+    began = time.monotonic()
     async with connect(settings.storage_address or "", settings) as channel:
         stub: storage_pb2_grpc.ModelServiceAsyncStub = storage_pb2_grpc.ModelServiceStub(channel)
         while True:
@@ -95,9 +101,11 @@ async def _fetch_by_grpc(settings: Settings) -> tuple[types_pb2.ModelVersion, by
                     else:
                         chunks.append(response.chunk)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                    raise
-                log.warning("storage_away", detail=error.details())
+                said = from_call(error)
+                rotated = isinstance(said, Unauthenticated) and time.monotonic() - began < TOKEN_S
+                if error.code() is not grpc.StatusCode.UNAVAILABLE and not rotated:
+                    raise said from error
+                log.warning("storage_away", reason=said.reason, detail=said.message)
                 await asyncio.sleep(RETRY_S)
                 continue
             return version, b"".join(chunks)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from vigil_common.errors import DOMAIN, VigilError
+from vigil_common.errors import (
+    DOMAIN,
+    DataLost,
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+    VigilError,
+)
 from vigil_common.grpc.handlers import behaviour_of, drained, with_behaviour
 from vigil_common.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+# What a caller is told that asks in vain; all else may pass by itself.
+_IN_VAIN: dict[str, type[VigilError]] = {
+    kind.status: kind for kind in (InvalidInput, Unauthenticated, Forbidden, NotFound, DataLost)
+}
 
 log = get_logger()
 
@@ -28,6 +42,16 @@ def to_status(error: VigilError) -> status_pb2.Status:
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
+
+
+def from_call(error: grpc.aio.AioRpcError) -> VigilError:
+    """What another service answered, as an error of the caller's; `Unavailable` where it may pass by itself."""
+    status = rpc_status.from_call(cast("grpc.Call", error))  # it reads what both have
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details if status is not None else ():
+        detail.Unpack(info)
+    name = error.code().name
+    return _IN_VAIN.get(name, Unavailable)(info.reason or name, error.details() or name)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc, type-arg, unused-ignore]

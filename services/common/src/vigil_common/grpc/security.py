@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Access = Mapping[str, Mapping[str, frozenset[Role]]]
 # A stream lives for days; so long at most it outlives its token.
 RECHECK_S = 5.0
+# A server that says nothing while a call is under way is asked whether it is there; its node may have vanished.
+KEEPALIVE_MS, PING_TIMEOUT_MS = 30_000, 20_000
 
 log = get_logger()
 
@@ -242,6 +244,9 @@ def connect(address: str, settings: SecuritySettings, *, server_name: str | None
         ("grpc.lb_policy_name", "round_robin"),
         # Pods that were replaced have other addresses; by itself gRPC asks for them again after 30 s.
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+        # By itself gRPC waits for 60 s; its keepalive_timeout_ms changes nothing of that.
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
     ]
     if server_name is not None:
         options.append(("grpc.ssl_target_name_override", server_name))
