@@ -16,7 +16,7 @@ from vigil_common.streams import memory, redis_connection, redis_frames
 from vigil_common.streams.memory import MemoryStreams
 from vigil_common.streams.ports import Admission, Admitted, Candidate, Emission, Live
 from vigil_common.streams.redis import RedisStreams
-from vigil_common.streams.redis_connection import away
+from vigil_common.streams.redis_connection import away, fields_of
 
 from tests.support.link import Link
 from tests.support.valkey import ValkeyCluster, ValkeyProcess
@@ -105,6 +105,26 @@ async def test_what_a_consumer_holds_it_does_not_take_from_itself(streams: Strea
     assert (lost.entry_id, lost.deliveries) == (frames[2].entry_id, 2)
     claimed = await second.claim(min_idle_ms=0, count=2)
     assert [(one.entry_id, one.deliveries) for one in claimed] == [(entry_id, 2) for entry_id in held]
+
+
+async def test_a_consumer_that_is_gone_loses_its_name_and_one_that_holds_a_frame_does_not(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(streams, MemoryStreams):
+        pytest.skip("it has no names")
+    command = streams.queue._connection.command
+
+    async def names() -> set[bytes]:
+        return {fields_of(one)[b"name"] for one in await command("XINFO", "CONSUMERS", f"vigil:{{{M}}}:frames", "live")}
+
+    await judge(streams, "f1")
+    await admit(streams, "f2")
+    await streams.source(M, "died").read(count=1, block_ms=100)
+    await streams.source(M, "b").claim(min_idle_ms=60_000, count=9)
+    assert await names() == {b"a", b"died"}
+    monkeypatch.setattr(redis_frames, "GONE_MS", -1)
+    (left,) = await streams.source(M, "c").claim(min_idle_ms=0, count=9)
+    assert (left.deliveries, await names()) == (2, {b"c", b"died"})
 
 
 async def test_replies_go_on_where_the_server_began_them_anew_at_an_earlier_time(streams: Streams) -> None:

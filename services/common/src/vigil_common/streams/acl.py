@@ -75,7 +75,7 @@ USERS: dict[str, tuple[Grant, ...]] = {
         _GROUPS,
         _FOLLOW,
         Grant("eval evalsha", "frames verdicts unstored dead shadow-verdicts shadow-sequence"),
-        Grant("xreadgroup xclaim xpending xrange xack", "frames"),
+        Grant("xreadgroup xclaim xpending xrange xack xinfo|consumers xgroup|delconsumer", "frames"),
         Grant("hmget", read="routing"),
         Grant("xadd", "verdicts dead replies:* shadow-verdicts"),
         Grant("expire xlen xtrim memory|usage", "replies:*"),

@@ -47,7 +47,11 @@ REPLIES_KEPT_S = 60
 REPLIES_READ_BYTES = 256 << 10
 # Frames of one read.
 READ_AT_MOST = 1_024
-ADMIT, EMIT, EMIT_CANDIDATE, TRIM = (Script.load(name) for name in ("admit", "emit", "emit_candidate", "trim"))
+# A worker that has not been seen for so long is gone; one that comes back brings its name again.
+GONE_MS = 86_400_000
+ADMIT, EMIT, EMIT_CANDIDATE, TIDY, TRIM = (
+    Script.load(name) for name in ("admit", "emit", "emit_candidate", "tidy", "trim")
+)
 
 log = get_logger()
 
@@ -142,6 +146,7 @@ class RedisFrameSource:
         self._dedup_window_s = dedup_window_s
         self._cursor = "-"
         self._at_most = READ_AT_MOST
+        self._tidied = False
 
     async def read(self, *, count: int, block_ms: int) -> list[QueuedFrame]:
         """New frames for this consumer; fewer after a read that took too long, for what it was to bring is claimed."""
@@ -162,6 +167,11 @@ class RedisFrameSource:
 
     async def claim(self, *, min_idle_ms: int, count: int, held: Collection[str] = ()) -> list[QueuedFrame]:
         """Frames that a consumer left; fetched one by one, for all at once may be more than a slow line carries."""
+        if not self._tidied:
+            # Users of Redis made before may not do this, and work on all the same.
+            with suppress(ResponseError):
+                await self._connection.script(TIDY, [self._key], [self.group, GONE_MS])
+            self._tidied = True
         try:
             pending = await self._connection.command(
                 "XPENDING", self._key, self.group, "IDLE", min_idle_ms, self._cursor, "+", count
