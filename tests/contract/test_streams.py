@@ -367,6 +367,18 @@ async def test_a_removed_model_stays_listed_while_it_has_frames(streams: Streams
     assert await streams.routing.models() == [M]
 
 
+async def test_a_removed_model_is_listed_while_what_people_say_of_it_waits(streams: Streams) -> None:
+    await streams.routing.write(M, live=Live(1, "sha256:1"))
+    await streams.reviews.put(M, "a1", b"waits", b"")
+    await streams.routing.remove(M)
+    assert await streams.routing.models() == [M]
+    await streams.reviews.done(M, await streams.reviews.read(M, "0", count=1, block_ms=0))
+    await streams.routing.remove(M)
+    assert await streams.routing.models() == []
+    await streams.reviews.put(M, "a2", b"said later", b"")
+    assert await streams.routing.models() == [M]
+
+
 async def test_frames_that_come_together_are_each_answered_in_their_order(streams: Streams) -> None:
     source = await judge(streams, "old")
     small = b"x" * 10

@@ -58,6 +58,7 @@ _DECIDE = (
     Grant("xadd xread", "routing-changes"),
     Grant("xinfo|stream xgroup|create xgroup|destroy", "frames"),
     Grant("hset hsetnx expire", "shadow-report:*"),
+    Grant("xlen", read="annotations"),
     Grant("sadd smembers", MODELS),
     Grant("time"),
 )

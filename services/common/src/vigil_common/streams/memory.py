@@ -425,9 +425,9 @@ class MemoryRouting:
         return self._routes.get(model)
 
     async def models(self) -> list[str]:
-        """Every model that has a route, or had one and has frames left."""
+        """Every model that has a route, or that something was left of."""
         left = (model for model in self._generations if self._streams.state(model).frames)
-        return sorted({*self._routes, *left})
+        return sorted({*self._routes, *left, *self._streams.reviews.annotated()})
 
     async def write(
         self,
@@ -527,6 +527,10 @@ class MemoryReviewLog:
         put = annotations[annotation_id] = QueuedAnnotation(f"{self._last}-0", annotation_id, body, mask)
         await self._streams.changed()
         return put.place, put.body
+
+    def annotated(self) -> list[str]:
+        """Models of which something was said and waits."""
+        return [model for model, waiting in self._annotations.items() if waiting]
 
     async def read(self, model: str, after: str, *, count: int, block_ms: int) -> list[QueuedAnnotation]:
         """What was said after this place."""

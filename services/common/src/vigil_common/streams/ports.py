@@ -294,7 +294,7 @@ class RoutingTable(Protocol):
         ...
 
     async def models(self) -> list[str]:
-        """Every model that has a route, or had one and has frames left."""
+        """Every model that has a route, or that something was left of: frames, or what people said since."""
         ...
 
     async def write(

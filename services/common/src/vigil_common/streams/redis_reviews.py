@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vigil_common.streams.ports import QueuedAnnotation
 from vigil_common.streams.redis_connection import Connection, OverMemory, Script, entries_of, fields_of, prefix
+from vigil_common.streams.redis_routing import enlist
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,8 @@ class RedisReviewLog:
         start = prefix(model)
         keys = [f"{start}annotations", f"{start}annotation-ids"]
         try:
+            # Storage looks for work there, and the model's route may be gone; its frames are not.
+            await enlist(self._connection, model)
             waits = await self._connection.script(ANNOTATE, keys, [annotation_id, body, mask, self.LIMIT])
         except OverMemory:
             return None

@@ -54,6 +54,17 @@ def _kept(model: str) -> str:
     return f"{prefix(model)}keep-fraction"
 
 
+async def listed(connection: Connection) -> list[str]:
+    """The models that there is work on."""
+    return sorted(name.decode() for name in await connection.command("SMEMBERS", MODELS))
+
+
+async def enlist(connection: Connection, model: str) -> None:
+    """List the model, where it is not: over its memory Redis refuses the command even where it changes nothing."""
+    if model not in await listed(connection):
+        await connection.command("SADD", MODELS, model)
+
+
 class RedisRouting:
     """Roles of the versions."""
 
@@ -65,8 +76,8 @@ class RedisRouting:
         return route_of(model, fields_of(await self._connection.command("HGETALL", f"{prefix(model)}routing") or []))
 
     async def models(self) -> list[str]:
-        """Every model that has a route, or had one and has frames left."""
-        return sorted(name.decode() for name in await self._connection.command("SMEMBERS", MODELS))
+        """Every model that has a route, or that something was left of."""
+        return await listed(self._connection)
 
     async def write(
         self,
@@ -79,7 +90,7 @@ class RedisRouting:
     ) -> Route:
         """Write the whole record."""
         check_roles(live, candidate)
-        await self._enlist(model)
+        await enlist(self._connection, model)
         arguments: list[Any] = [prefix(model), REPORT_KEPT_S, live.version, live.digest, _text(live.threshold)]
         if candidate is None:
             arguments += ["", "", "", ""]
@@ -92,12 +103,6 @@ class RedisRouting:
             raise route_changed(model)
         return Route(model, live, candidate, int(generation), int(comparison), managed_by)
 
-    async def _enlist(self, model: str) -> None:
-        """List the model, where it is not: over its memory Redis refuses the command even where it changes nothing."""
-        if model in await self.models():
-            return
-        await self._connection.command("SADD", MODELS, model)
-
     async def promote(
         self, model: str, *, version: int, digest: str, threshold: float | None, after: int | None = None
     ) -> Route:
@@ -106,7 +111,7 @@ class RedisRouting:
 
     async def remove(self, model: str) -> None:
         """Delete the route; storage goes on with what is left."""
-        left = await self._connection.script(UNROUTE, self._keys(model), [])
+        left = await self._connection.script(UNROUTE, self._keys(model), [prefix(model)])
         await self.keep_fraction(model, None)
         if left == 0:
             await self._connection.command("SREM", MODELS, model)

@@ -1,4 +1,8 @@
-"""Work on every model that has a route, for as long as it has one or the process runs."""
+"""Work on every model that has a route or had one, for as long as the process runs.
+
+A model whose route is gone is worked on all the same: its last frames are stored, and people go on saying of them what
+they were. That costs a task and a read that waits.
+"""
 
 from __future__ import annotations
 
