@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from vigil_common.config import SecuritySettings
 
+CONNECT_TIMEOUT_S = 2.0
+
 
 class _PasswordFile(CredentialProvider):
     """The password, read anew for each connection since it may be rotated.
@@ -155,6 +157,7 @@ class RedisStreams:
                 protocol=2,
                 retry=retry,
                 socket_timeout=redis_connection.SOCKET_TIMEOUT_S,
+                socket_connect_timeout=CONNECT_TIMEOUT_S,
                 driver_info=None,
                 **more,
             )
@@ -175,7 +178,7 @@ class RedisStreams:
             retry=retry,
             parser_class=_Patient,
             socket_timeout=redis_connection.SOCKET_TIMEOUT_S,
-            socket_connect_timeout=2.0,
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
             # A pooled connection may have died with the server; redis-py checks before it is used again.
             health_check_interval=0,
             max_connections=256,

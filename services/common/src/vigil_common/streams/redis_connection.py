@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Self
@@ -179,11 +179,22 @@ class Connection:
 
     async def _execute(self, *arguments: Any) -> Any:
         if self.clustered:
-            return await self.client.execute_command(*arguments)
+            return await self._of_cluster(*arguments)
         (answer,) = await self._converse([arguments])
         if isinstance(answer, ResponseError):
             raise answer
         return answer
+
+    async def _of_cluster(self, *arguments: Any) -> Any:
+        try:
+            return await self.client.execute_command(*arguments)
+        except RedisError as error:
+            failed = getattr(error, "last_failed_node_name", None)
+            if failed is not None:
+                # Where the slots are is asked anew now, and all models wait for it: of the server that hangs last.
+                with suppress(RedisError, RedisClusterException, OSError):
+                    await self.client.initialize(last_failed_node_name=failed)
+            raise
 
     async def _converse(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Commands in one round trip, on a connection that nobody else uses; what the server refuses is an answer.
@@ -227,7 +238,7 @@ class Connection:
     async def commands(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Several commands in one round trip; errors come back as values, but that it is away is raised."""
         if self.clustered:
-            calls = (self.client.execute_command(*command) for command in commands)
+            calls = (self._of_cluster(*command) for command in commands)
             results: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
         else:
             results = await self._converse(commands)
