@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -122,6 +123,7 @@ class Bench:
         prefetch: int = 4,
         claim_idle_ms: int = 60_000,
         frame_s: float = 0.0,
+        hand_s: float = math.inf,
         pipeline: FakePipeline | None = None,
     ) -> None:
         self.streams = MemoryStreams()
@@ -139,6 +141,8 @@ class Bench:
             prefetch=prefetch,
             claim_idle_ms=claim_idle_ms,
             frame_s=frame_s,
+            hand_s=hand_s,
+            at_least=2,
         )
 
     async def admit(
@@ -381,6 +385,25 @@ async def test_with_much_to_do_half_a_hand_is_read_at_once() -> None:
     async with working(bench):
         await bench.until(lambda: len(bench.source.emitted) == 20)
     assert min(bench.source.counts) == 2
+
+
+@pytest.mark.parametrize(("frame_s", "expected"), [(0.001, 8), (0.05, 4), (1.0, 2)])
+async def test_of_large_frames_no_more_are_in_hand_than_is_little_work(frame_s: float, expected: int) -> None:
+    bench = Bench(prefetch=8, hand_s=0.2)
+    bench.pipeline.frame_s = frame_s
+    await bench.promote()
+    async with working(bench):
+        await bench.admit_many(60)
+        await bench.until(lambda: len(bench.outcomes()) == 60)
+        bench.pipeline.let.clear()
+        for index in range(20):
+            await bench.admit(f"g{index}")
+        # More than half: the next half is read where there is room for it.
+        await bench.until(lambda: bench.pipeline.running > expected // 2)
+        await asyncio.sleep(0.1)  # that no more are taken shows only by waiting a moment
+        assert bench.pipeline.running <= expected
+        bench.pipeline.let.set()
+        await bench.until(lambda: len(bench.outcomes()) == 80)
 
 
 async def test_what_is_ready_together_is_emitted_together() -> None:

@@ -187,6 +187,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             prefetch=max(2 * batch_size * runs + 2, min(HAND_AT_MOST, int(HAND_S / model.proven.run_s) * runs)),
             claim_idle_ms=settings.claim_idle_ms,
             frame_s=model.proven.run_s,
+            hand_s=HAND_S * runs,
+            # A batch that is frozen or asked for is to be filled, however long that takes.
+            at_least=2 * (batch_size if settings.batch_size or model.manifest.fixed_batch else 1) * runs + 2,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(pipeline, worker, version, threads=settings.threads), handle.server

@@ -38,6 +38,8 @@ RECONNECT_S = 0.2
 # Of what a worker can have in hand, this part is emitted together; a larger one where more waits than it can have.
 TOGETHER, TOGETHER_OF_MORE = 4, 2
 CLAIM_AT_MOST = 16
+# What a frame usually takes is told by so many of the last.
+USUAL_OF = 16
 # A frame that has been held for so many times what a full hand takes has been left.
 PATIENCE = 4
 MAX_DELIVERIES = 3
@@ -62,6 +64,8 @@ class Worker:
         claim_idle_ms: Frames that another consumer has held for longer are taken over; with a slow model later, for all
             that a worker has in hand takes its time.
         frame_s: What a frame takes, as far as is known before the first.
+        hand_s: Most work in hand: where frames take longer than the model by itself, being large, fewer are taken.
+        at_least: Frames in hand, however long they take.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class Worker:
         prefetch: int,
         claim_idle_ms: int,
         frame_s: float = 0.0,
+        hand_s: float = math.inf,
+        at_least: int = 1,
     ) -> None:
         self._sources = {Role.LIVE: source, Role.CANDIDATE: shadow}
         self._routing = routing
@@ -86,6 +92,9 @@ class Worker:
         self._thresholds = dict.fromkeys(Role, default_threshold)
         self._claim_idle_ms = claim_idle_ms
         self._frame_s = frame_s  # the slowest of late
+        self._usual_s = frame_s
+        self._hand_s = hand_s
+        self._at_least = min(at_least, prefetch)
         self._prefetch = prefetch
         self._room = asyncio.Semaphore(prefetch)
         # On a slow line a read takes its time, and what it brings is not there to be claimed.
@@ -196,16 +205,19 @@ class Worker:
                 event = self._outbox.emptied if self._working.is_set() else self._working
                 await asyncio.wait_for(event.wait(), BLOCK_MS / 1000)
             return
+        most = self._prefetch
+        if self._hand_s < most * self._usual_s:
+            most = max(self._at_least, int(self._hand_s / self._usual_s))
         # Half of all room at least: with much to do, a read for each frame alone costs Redis and us a good part of it.
-        count = max(1, self._prefetch // 2)
-        for _ in range(count):
+        empty, count = self._prefetch - most, max(1, most // 2)
+        for _ in range(empty + count):
             await self._room.acquire()
         if not self._working.is_set():  # meanwhile
-            for _ in range(count):
+            for _ in range(empty + count):
                 self._room.release()
             return
         role = self._role
-        while not self._room.locked() and count < self._prefetch:
+        while not self._room.locked() and count < most:
             await self._room.acquire()
             count += 1
         frames: list[QueuedFrame] = []
@@ -216,7 +228,7 @@ class Worker:
             more = len(frames) == count
             self._outbox.together = self._prefetch // (TOGETHER_OF_MORE if more else TOGETHER)
         finally:
-            for _ in range(count - len(frames)):
+            for _ in range(empty + count - len(frames)):
                 self._room.release()
             for frame in frames:
                 self._take(role, frame)
@@ -293,7 +305,9 @@ class Worker:
         self._telemetry.read(header, read_us)
         pictures = role is Role.LIVE and header.HasField("outputs") and convert.wants_pictures(header.outputs)
         judged = await self._pipeline.judge(frame.image, pictures=pictures or compared)
-        self._frame_s = max(self._frame_s * 0.99, judged.decode_s + judged.inference_s)
+        took_s = judged.decode_s + judged.inference_s
+        self._frame_s = max(self._frame_s * 0.99, took_s)
+        self._usual_s += (took_s - self._usual_s) / USUAL_OF
         found = convert.verdict(
             judged,
             frame_id=header.frame_id,
