@@ -586,6 +586,22 @@ async def test_a_slow_line_carries_a_large_image_to_worker_and_storage_and_then_
     servers.stop()
 
 
+async def test_a_slow_line_carries_a_large_image_into_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some megabytes of it leave at once, into the system's buffers.
+    monkeypatch.setattr(redis_connection, "SOCKET_TIMEOUT_S", 1.0)
+    server, image = ValkeyProcess(tmp_path / "valkey").start(), bytes(range(256)) * 80_000
+    async with Link(server.port, pause_s=0.005) as link:
+        far, near = [await RedisStreams.connect(f"redis://127.0.0.1:{port}") for port in (link.port, server.port)]
+        assert (await admit(far, "f1", image=image)).state is Admission.ADMITTED
+        (frame,) = await near.source(M, "a").read(count=1, block_ms=100)
+        assert frame.image == image
+        for streams in (far, near):
+            await streams.close()
+    server.stop()
+
+
 async def test_a_line_on_which_nothing_more_comes_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_connection, "SOCKET_TIMEOUT_S", 0.2)
     server = ValkeyProcess(tmp_path / "valkey").start()

@@ -38,12 +38,14 @@ from vigil_common.streams.redis_routing import RedisRouting
 from vigil_common.streams.redis_shadow import RedisComparisonSource, RedisReports, RedisVerdictSource
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from vigil_common.config import SecuritySettings
 
 CONNECT_TIMEOUT_S = 2.0
+# So much is sent within one time-out, as to a line of 2 Mbit/s.
+PIECE_BYTES = 1 << 20
 
 
 class _PasswordFile(CredentialProvider):
@@ -75,7 +77,29 @@ class _PasswordFile(CredentialProvider):
         return self.get_credentials()
 
 
-class _Tls(SSLConnection):
+class _InPieces(aredis.Connection):
+    """Gives each piece of what is large the time-out that redis-py has for all, as `_Patient` does for answers."""
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - redis-py's
+        """Send what was packed."""
+        for piece in [command] if isinstance(command, str | bytes) else _pieces(command):
+            await super().send_packed_command(piece, check_health)
+
+
+def _pieces(command: Iterable[bytes]) -> Iterator[list[Any]]:
+    piece: list[memoryview] = []
+    left = PIECE_BYTES
+    for part in command:
+        view = memoryview(part)
+        while len(view) >= left:
+            yield [*piece, view[:left]]
+            piece, view, left = [], view[left:], PIECE_BYTES
+        piece.append(view)
+        left -= len(view)
+    yield piece
+
+
+class _Tls(_InPieces, SSLConnection):
     """Reads the certificates anew at each connection, since they may be rotated."""
 
     def _connection_arguments(self) -> Mapping[str, Any]:
@@ -167,10 +191,10 @@ class RedisStreams:
             # Raw replies, but for what the cluster client itself asks.
             for name in set(cluster.response_callbacks) - {"COMMAND", "CLUSTER SLOTS", "CLUSTER SHARDS"}:
                 del cluster.response_callbacks[name]
-            if plain.startswith("rediss"):
-                cluster.connection_kwargs["connection_class"] = _Tls
-                for node in cluster.startup_nodes:
-                    node.connection_class = _Tls
+            kind = _Tls if plain.startswith("rediss") else _InPieces
+            cluster.connection_kwargs["connection_class"] = kind
+            for node in cluster.startup_nodes:
+                node.connection_class = kind
             return cls(Connection(cluster), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
         client = aredis.Redis.from_url(
             url,
@@ -188,8 +212,7 @@ class RedisStreams:
         )
         # Raw replies: the callbacks would build objects that nobody reads.
         client.response_callbacks.clear()
-        if url.startswith("rediss"):
-            client.connection_pool.connection_class = _Tls
+        client.connection_pool.connection_class = _Tls if url.startswith("rediss") else _InPieces
         return cls(Connection(client), budget_bytes=budget_bytes, dedup_window_s=dedup_window_s)
 
     def source(self, model: str, consumer: str) -> RedisFrameSource:
