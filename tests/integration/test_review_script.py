@@ -12,10 +12,10 @@ from tests.support.browser import browser_page
 from tests.support.review import M, Site, form_of, image, labels, record, review_site
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from playwright.async_api import Page, Route
+    from playwright.async_api import Dialog, Page, Route
 
 PLACE = f"/m/{M}/f/line-1/f1"
 
@@ -43,6 +43,12 @@ async def draw(page: Page) -> None:
     await page.mouse.down()
     await page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5, steps=3)
     await page.mouse.up()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.02)
 
 
 async def mark(site: Site) -> None:
@@ -128,3 +134,53 @@ async def test_space_presses_the_button_that_has_the_focus(site: Site) -> None:
         await page.keyboard.press(" ")
         await page.get_by_text("anomalous: kept").wait_for()
     assert (await labels(site, "f1"))["human"] == "anomalous"
+
+
+async def test_what_is_painted_is_lost_only_to_who_was_asked(site: Site) -> None:
+    await site.frames.write([record(1), record(2)])
+    asked: list[str] = []
+    yes = False
+
+    async def answer(dialog: Dialog) -> None:
+        asked.append(dialog.type)
+        await (dialog.accept() if yes else dialog.dismiss())
+
+    async with browser_page() as page:
+        page.on("dialog", answer)
+        await log_in(page, site)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await draw(page)
+        for key, kind in (("n", "confirm"), (" ", "beforeunload")):
+            await page.keyboard.press(key)
+            await until(lambda kind=kind: kind in asked)  # type: ignore[misc]
+        assert page.url == str(site.server.make_url(PLACE))
+        assert await page.evaluate("marked()")
+        assert "human" not in await labels(site, "f1")
+        yes = True
+        await page.keyboard.press("n")
+        await page.get_by_text("normal: kept").wait_for()
+    assert asked == ["confirm", "beforeunload", "confirm"]
+
+
+async def test_nobody_is_asked_where_nothing_painted_is_lost(site: Site) -> None:
+    await site.frames.write([record(1)])
+    await mark(site)
+    await site.frames.write([record(2)])
+    asked: list[str] = []
+
+    async def refuse(dialog: Dialog) -> None:
+        asked.append(dialog.type)
+        await dialog.dismiss()
+
+    async with browser_page() as page:
+        page.on("dialog", refuse)
+        await log_in(page, site)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await page.evaluate("standing")
+        await page.keyboard.press(" ")
+        await page.wait_for_url("**/f2*")
+        await draw(page)
+        await page.keyboard.press("u")
+        await page.get_by_text("unsure with a mask: kept").wait_for()
+    assert asked == []
+    assert (await labels(site, "f2"))["human_mask"] == "true"

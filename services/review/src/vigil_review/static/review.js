@@ -12,6 +12,7 @@ const MOST_UNDO = 20;
 const undo = [];
 let erasing = false;
 let busy = false;
+let painted = false; // by this person, and not sent
 
 function say(text) {
   problem.textContent = text;
@@ -97,6 +98,7 @@ canvas.addEventListener("pointerdown", (event) => {
   if (event.button !== 0) return;
   canvas.setPointerCapture(event.pointerId);
   remember();
+  painted = true;
   last = point(event);
   draw(event);
 });
@@ -133,7 +135,12 @@ async function submit(label) {
   say("");
   try {
     // Without it, what others marked would be marked no more.
-    if (label !== "normal" && !await standing) throw new Error("the mask that stands did not come; load the page again");
+    const came = await standing;
+    if (label !== "normal" && !came) throw new Error("the mask that stands did not come; load the page again");
+    if (label === "normal" && marked() && !confirm("A normal frame has no mask: what is marked will be lost.")) {
+      busy = false;
+      return;
+    }
     const data = new FormData(form);
     data.set("label", label);
     if (label !== "normal" && marked()) {
@@ -145,6 +152,7 @@ async function submit(label) {
       answer = await post(data);
     }
     if (answer.type === "opaqueredirect") { // only what was kept leads on
+      painted = false;
       location.assign(form.dataset.next);
       return;
     }
@@ -171,7 +179,7 @@ const actions = {
   e: () => choose(true),
   z: takeBack,
   c: clear,
-  m: () => { if (form.dataset.aiMask) load(form.dataset.aiMask); },
+  m: async () => { if (form.dataset.aiMask && await load(form.dataset.aiMask)) painted = true; },
 };
 document.addEventListener("keydown", (event) => {
   const typing = event.target.matches("input:not([type=range]), textarea");
@@ -188,5 +196,6 @@ for (const [id, key] of Object.entries(buttons)) {
     if (event.detail > 0) event.currentTarget.blur(); // so that space goes on to the next frame
   });
 }
+window.addEventListener("beforeunload", (event) => { if (painted && marked()) event.preventDefault(); });
 document.getElementById("tools").disabled = false;
 const standing = form.dataset.mask ? load(form.dataset.mask) : Promise.resolve(true);
