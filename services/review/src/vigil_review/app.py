@@ -66,7 +66,7 @@ BACKEND: web.AppKey[Backend] = web.AppKey("backend")
 SESSIONS: web.AppKey[Sessions] = web.AppKey("sessions")
 SECURE: web.AppKey[bool] = web.AppKey("secure", bool)
 PAGES: web.AppKey[Environment] = web.AppKey("pages", Environment)
-SESSION = "session"
+SESSION: web.RequestKey[Session] = web.RequestKey("session")
 
 
 def create_app(backend: Backend, sessions: Sessions, *, secure: bool) -> web.Application:
