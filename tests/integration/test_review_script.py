@@ -184,3 +184,16 @@ async def test_nobody_is_asked_where_nothing_painted_is_lost(site: Site) -> None
         await page.get_by_text("unsure with a mask: kept").wait_for()
     assert asked == []
     assert (await labels(site, "f2"))["human_mask"] == "true"
+
+
+async def test_a_mask_that_is_wiped_stands_no_more(site: Site) -> None:
+    await site.frames.write([record(1)])
+    await mark(site)
+    async with browser_page() as page:
+        await log_in(page, site)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await page.evaluate("standing")
+        await page.keyboard.press("c")
+        await page.keyboard.press("a")
+        await page.get_by_text("anomalous: kept").wait_for()
+    assert (await labels(site, "f1"))["human_mask"] == "false"

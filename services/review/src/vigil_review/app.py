@@ -333,6 +333,8 @@ async def _annotate(request: web.Request) -> web.Response:
     upload = form.get("mask")
     if isinstance(upload, web.FileField) and label != "normal":
         mask = await asyncio.to_thread(pictures.drawn, upload.file.read())
+    elif upload is None and label != "normal":  # without the script, who can't wipe the mask that stands keeps it
+        mask = (await _detail(request)).mask
     applied = await request.app[BACKEND].annotate(
         session.token,
         found["model"],

@@ -143,6 +143,7 @@ async function submit(label) {
     }
     const data = new FormData(form);
     data.set("label", label);
+    data.set("mask", ""); // none, which is not the one that stands
     if (label !== "normal" && marked()) {
       data.set("mask", await new Promise((done) => canvas.toBlob(done, "image/png")), "mask.png");
     }
