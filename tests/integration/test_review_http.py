@@ -128,6 +128,15 @@ async def test_who_clicks_next_twice_passes_over_no_frame(site: Site) -> None:
     assert "Nothing left to review" in await (await client.get(f"/m/{M}/next")).text()
 
 
+async def test_what_waits_when_a_session_ends_is_given_by_the_next(site: Site) -> None:
+    await site.frames.write([record(1), record(2)])
+    first = await (await site.logged_in()).get(f"/m/{M}/next")
+    client = await site.logged_in()
+    second = await client.get(f"/m/{M}/next")
+    assert {one.url.path.rpartition("/")[2] for one in (first, second)} == {"f1", "f2"}
+    assert "Nothing left to review" in await (await client.get(f"/m/{M}/next")).text()
+
+
 async def test_a_mask_of_another_size_is_refused_in_words_and_one_that_fits_comes_back(site: Site) -> None:
     await site.frames.write([record(1)])
     client = await site.logged_in()

@@ -45,7 +45,7 @@ def review(
     ] = None,
     size: Annotated[int, typer.Option(min=1, max=200, help="At most so many of the queue.")] = 20,
     camera: Annotated[str | None, typer.Option(help="Only this camera.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Also what you had before, and what is labelled.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also what you had before, behind the rest.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: anomalous where something is painted.")] = False,
     author: Author = None,
     inference_address: Annotated[
@@ -66,9 +66,8 @@ def review(
             if frame_ids:
                 todo = frame_ids
             else:
-                items = await storage.frames_review_queue(
-                    model, name, camera=camera, size=size, again=again, peek=program is None
-                )
+                # What is never opened stays in this person's queue.
+                items = await storage.frames_review_queue(model, name, camera=camera, size=size, again=again, peek=True)
                 if not items:
                     await check_known(storage, model)
                 todo = [item.frame.frame_id for item in items]
@@ -77,7 +76,7 @@ def review(
             if program is None:
                 return
             for frame_id in todo:
-                found = await storage.frames_history(model, frame_id, camera=camera)
+                found = await storage.frames_history(model, frame_id, camera=camera, reviewer=name)
                 drawn = found.mask or await _predicted(inference_address, token, found)
                 mask = await edit(program, found, drawn)
                 answer = _ask(frame_id, mask, yes=yes)
@@ -166,7 +165,7 @@ def _ask(frame_id: str, mask: bytes | None, *, yes: bool) -> Answer:
 
 def _show(items: list[ReviewItem]) -> None:
     if not items:
-        console.print("nothing left to look at; --again shows everything")
+        console.print("nothing left to look at; --again shows what you had before")
         return
     # Without padding all of it fits a terminal of 80 columns.
     table = Table(Column("frame", no_wrap=True), "camera", "score", "label", "why", padding=0)

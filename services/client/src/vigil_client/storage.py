@@ -129,9 +129,18 @@ class StorageClient(Connected):
             response = await self._frames.Get(request, metadata=self.metadata, timeout=self._timeout_s)
         return convert.stored_frame(response.frame), response.image
 
-    async def frames_history(self, model: str, frame_id: str, *, camera: str | None = None) -> ReviewedFrame:
-        """One frame with its encoded image, everything people said of it, and the mask that stands."""
-        request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "")
+    async def frames_history(
+        self, model: str, frame_id: str, *, camera: str | None = None, reviewer: str = ""
+    ) -> ReviewedFrame:
+        """One frame with its encoded image, everything people said of it, and the mask that stands.
+
+        Args:
+            model: The model's name.
+            frame_id: The frame's id.
+            camera: Its camera; spares a search.
+            reviewer: Who looks at it, so that the review queue gives it to them no more; empty for nobody.
+        """
+        request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera or "", reviewer=reviewer)
         with convert.service_errors():
             response = await self._frames.Get(request, metadata=self.metadata, timeout=self._timeout_s)
         return convert.reviewed_frame(response)
@@ -193,8 +202,8 @@ class StorageClient(Connected):
             camera: Only this camera.
             size: At most so many.
             since: Only frames stored from then on.
-            again: Also what this reviewer was given before, and what was labelled.
-            peek: Do not count them as given.
+            again: Behind the others also what this reviewer was given before, the longest ago first.
+            peek: Do not count them as given before `frames_history` names the reviewer.
         """
         request = storage_pb2.ReviewQueueRequest(
             model=model, camera=camera or "", reviewer=reviewer, size=size, again=again, peek=peek

@@ -275,9 +275,11 @@ async def _next(request: web.Request) -> web.Response:
     return _see(f"{_place(model, camera, frame_id)}?why={quote(why)}")
 
 
-async def _detail(request: web.Request) -> Detail:
+async def _detail(request: web.Request, *, reviewer: str = "") -> Detail:
     found: Mapping[str, str] = request.match_info
-    return await request.app[BACKEND].frame(request[SESSION].token, found["model"], found["frame_id"], found["camera"])
+    return await request.app[BACKEND].frame(
+        request[SESSION].token, found["model"], found["frame_id"], found["camera"], reviewer=reviewer
+    )
 
 
 async def _frame(request: web.Request) -> web.Response:
@@ -286,7 +288,7 @@ async def _frame(request: web.Request) -> web.Response:
     model = found["model"]
     waiting = session.waiting.get(model, deque())
     try:
-        detail = await _detail(request)
+        detail = await _detail(request, reviewer=session.name)
     finally:
         if waiting and waiting[0][:2] == (found["frame_id"], found["camera"]):
             waiting.popleft()

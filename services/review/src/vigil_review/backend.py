@@ -113,7 +113,7 @@ class Backend:
         self, token: str, model: str, reviewer: str, *, size: int, again: bool
     ) -> list[tuple[str, str, str]]:
         """Frames to look at: id, camera and why."""
-        request = storage_pb2.ReviewQueueRequest(model=model, reviewer=reviewer, size=size, again=again)
+        request = storage_pb2.ReviewQueueRequest(model=model, reviewer=reviewer, size=size, again=again, peek=True)
         with _translated():
             answer = await self._frames.ReviewQueue(request, metadata=_bearer(token), timeout=CALL_S)
         return [
@@ -121,9 +121,9 @@ class Backend:
             for item in answer.items
         ]
 
-    async def frame(self, token: str, model: str, frame_id: str, camera: str) -> Detail:
-        """One frame with its image and what was said of it."""
-        request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera)
+    async def frame(self, token: str, model: str, frame_id: str, camera: str, *, reviewer: str = "") -> Detail:
+        """One frame with its image and what was said of it; the queue gives it to the reviewer no more."""
+        request = storage_pb2.GetRequest(model=model, frame_id=frame_id, camera=camera, reviewer=reviewer)
         with _translated():
             answer = await self._frames.Get(request, metadata=_bearer(token), timeout=CALL_S)
         return Detail(_frame(answer.frame), answer.image, tuple(map(_said, answer.annotations)), answer.mask)

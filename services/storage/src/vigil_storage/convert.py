@@ -35,6 +35,7 @@ REASONS = {
     "disagreement": storage_pb2.REVIEW_REASON_DISAGREEMENT,
     "uncertain": storage_pb2.REVIEW_REASON_UNCERTAIN,
     "random": storage_pb2.REVIEW_REASON_RANDOM,
+    "": storage_pb2.REVIEW_REASON_UNSPECIFIED,
 }
 
 

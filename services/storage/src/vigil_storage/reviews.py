@@ -232,14 +232,18 @@ class Reviews:
     async def queue(
         self, where: FrameFilter, reviewer: str, *, size: int, since_us: int | None, again: bool, peek: bool = False
     ) -> list[tuple[StoredRecord, str]]:
-        """Frames to look at, each with why: disagreement, uncertain or random; with `peek` none counts as given."""
+        """Frames to look at, each with why: disagreement, uncertain or random; with `peek` none counts as given.
+
+        With `again` those follow that were given before, without a reason, the longest ago first.
+        """
         reviewer = person(reviewer)
         if size > MAX_SIZE:
             raise InvalidInput("QUEUE_TOO_LARGE", f"a review queue has at most {MAX_SIZE} frames")
         size = size or DEFAULT_SIZE
         model = where.entries[0].partition("/")[0]
-        seen = set() if again else await self._log.given(model, reviewer)
-        where = replace(where, start_us=since_us, equals={"outcome": "judged"}, absent=() if again else ("human",))
+        before = await self._log.given(model, reviewer)
+        seen = set(before)
+        where = replace(where, start_us=since_us, equals={"outcome": "judged"}, absent=("human",))
         split = replace(where, equals={**where.equals, "agree": "false"})
         disagreeing = await self._newest(split, seen, limit=size)
         seen = seen | {record.labels["frame_id"] for record in disagreeing}
@@ -248,9 +252,18 @@ class Reviews:
             *((record, "disagreement") for record in disagreeing),
             *pick(others, size - len(disagreeing), self._chance),
         ]
+        if again and len(given) < size:
+            turns = {frame_id: turn for turn, frame_id in enumerate(before)}
+            had = await self._newest(where, {record.labels["frame_id"] for record, _ in given}, limit=SCAN)
+            had.sort(key=lambda record: turns.get(record.labels["frame_id"], -1))
+            given += [(record, "") for record in had[: size - len(given)]]
         if not peek:
             await self._log.give(model, reviewer, [record.labels["frame_id"] for record, _ in given])
         return given
+
+    async def shown(self, frame: StoredRecord, reviewer: str) -> None:
+        """A person looks at a frame: it is not given to them a second time."""
+        await self._log.give(frame.entry.partition("/")[0], person(reviewer), [frame.labels["frame_id"]])
 
     async def _newest(self, where: FrameFilter, seen: set[str], *, limit: int) -> list[StoredRecord]:
         """Matching records but those seen, by looks that reach back ever further: the store gives the oldest first.

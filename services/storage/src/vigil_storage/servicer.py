@@ -43,6 +43,8 @@ class FrameServicer(storage_pb2_grpc.FrameServiceServicer):
             request.model, request.frame_id, request.camera, header_only=request.header_only
         )
         found = await self._reviews.reviewed(stored, image, with_mask=not request.header_only)
+        if request.reviewer:
+            await self._reviews.shown(stored, request.reviewer)
         said = map(convert.annotation, found.history)
         return storage_pb2.GetResponse(
             frame=convert.stored_frame(stored), image=image, annotations=said, mask=found.mask

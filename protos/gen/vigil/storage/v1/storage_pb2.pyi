@@ -313,12 +313,15 @@ class GetRequest(_message.Message):
     FRAME_ID_FIELD_NUMBER: _builtins.int
     CAMERA_FIELD_NUMBER: _builtins.int
     HEADER_ONLY_FIELD_NUMBER: _builtins.int
+    REVIEWER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     frame_id: _builtins.str
     camera: _builtins.str
     """Absent: searched for."""
     header_only: _builtins.bool
     """Leave image and mask out."""
+    reviewer: _builtins.str
+    """Who looks at it, 1 to 64 characters: it counts as given to them. Absent: nobody."""
     def __init__(
         self,
         *,
@@ -326,10 +329,11 @@ class GetRequest(_message.Message):
         frame_id: _builtins.str = ...,
         camera: _builtins.str = ...,
         header_only: _builtins.bool = ...,
+        reviewer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["camera", b"camera", "frame_id", b"frame_id", "header_only", b"header_only", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["camera", b"camera", "frame_id", b"frame_id", "header_only", b"header_only", "model", b"model", "reviewer", b"reviewer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -466,9 +470,9 @@ class ReviewQueueRequest(_message.Message):
     size: _builtins.int
     """Zero: 20; at most 200."""
     again: _builtins.bool
-    """Also what this reviewer has been given before, and what has been labelled."""
+    """Behind the others also what this reviewer has been given before, without a reason, the longest ago first."""
     peek: _builtins.bool
-    """Only to see what there is: it does not count as given."""
+    """Only to see what there is: a frame does not count as given before GetRequest says who looks at it."""
     @_builtins.property
     def since(self) -> _timestamp_pb2.Timestamp:
         """Frames stored before are left out. Absent: all."""

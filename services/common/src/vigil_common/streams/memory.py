@@ -513,7 +513,7 @@ class MemoryReviewLog:
     def __init__(self, streams: MemoryStreams) -> None:
         self._streams = streams
         self._annotations: dict[str, dict[str, QueuedAnnotation]] = {}
-        self._given: dict[tuple[str, str], set[str]] = {}
+        self._given: dict[tuple[str, str], list[str]] = {}
         self._last = 0
 
     async def put(self, model: str, annotation_id: str, body: bytes, mask: bytes) -> tuple[str, bytes] | None:
@@ -550,11 +550,12 @@ class MemoryReviewLog:
 
     async def give(self, model: str, reviewer: str, frame_ids: Sequence[str]) -> None:
         """Remember what a reviewer has been given."""
-        self._given.setdefault((model, reviewer), set()).update(frame_ids)
+        before = self._given.get((model, reviewer), [])
+        self._given[model, reviewer] = [*(one for one in before if one not in frame_ids), *frame_ids]
 
-    async def given(self, model: str, reviewer: str) -> set[str]:
-        """What a reviewer has been given."""
-        return set(self._given.get((model, reviewer), set()))
+    async def given(self, model: str, reviewer: str) -> list[str]:
+        """What a reviewer has been given, the longest ago first."""
+        return list(self._given.get((model, reviewer), []))
 
 
 class MemoryVerdictSource:

@@ -373,8 +373,8 @@ class ReviewLog(Protocol):
         """Remember that a reviewer has been given these frames; the oldest of many are forgotten."""
         ...
 
-    async def given(self, model: str, reviewer: str) -> set[str]:
-        """What a reviewer has been given."""
+    async def given(self, model: str, reviewer: str) -> list[str]:
+        """What a reviewer has been given, the longest ago first."""
         ...
 
 

@@ -64,10 +64,10 @@ class RedisReviewLog:
             await self._connection.command("ZREMRANGEBYRANK", key, 0, -self.GIVEN - 1)
             await self._connection.command("EXPIRE", key, self.GIVEN_TTL_S)
 
-    async def given(self, model: str, reviewer: str) -> set[str]:
-        """What a reviewer has been given."""
+    async def given(self, model: str, reviewer: str) -> list[str]:
+        """What a reviewer has been given, the longest ago first."""
         found = await self._connection.command("ZRANGE", self._given_key(model, reviewer), 0, -1)
-        return {one.decode() for one in found}
+        return [one.decode() for one in found]
 
     def _given_key(self, model: str, reviewer: str) -> str:
         return f"{prefix(model)}given:{hashlib.sha256(reviewer.encode()).hexdigest()[:16]}"
