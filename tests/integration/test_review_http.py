@@ -21,7 +21,7 @@ from vigil_cli.local.process import free_port
 from vigil_common.errors import InvalidInput
 from vigil_common.store.ports import ModelInfo
 from vigil_common.streams.ports import Live
-from vigil_review import bootstrap, pictures
+from vigil_review import bootstrap, charts, pictures
 from vigil_review.backend import Backend, BackendError
 from vigil_review.config import Settings
 from vigil_review.domain import BINS, Frame, cameras
@@ -323,5 +323,21 @@ def test_cameras_show_rate_and_scores_on_one_scale() -> None:
     first, second = cameras([frame("b", 0.0), frame("a", 1.0), frame("b", 3.0, 1), frame("b", None)], 60.0)
     assert (first.name, first.frames, first.anomalous, first.per_minute) == ("a", 1, 1, 1.0)
     assert (second.name, second.frames, second.anomalous, second.per_minute) == ("b", 2, 1, 2.0)
-    assert (first.high, second.high, second.threshold) == (3.0, 3.0, 1.5)
-    assert [place for place, count in enumerate(second.bins) if count] == [0, BINS - 1]
+    assert (first.high, second.high, first.threshold, second.threshold) == (3.0, 3.0, 1.5, 1.5)
+    assert {place: found for place, found in enumerate(second.bins) if any(found)} == {0: (1, 0), BINS - 1: (0, 1)}
+
+
+def test_bars_have_the_colours_of_the_labels_that_frames_got_whatever_decides_now() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def frame(label: str, threshold: float, after_s: int) -> Frame:
+        at = now + timedelta(seconds=after_s)
+        return Frame("f", "a", at, at, "image/png", 1, 1, 1, 0.5, threshold, label, "", "")
+
+    (found,) = cameras([frame("anomalous", 0.4, 0), frame("normal", 0.6, 1)], 60.0)
+    chart = str(charts.histogram(found))
+    assert re.findall(r'class="(\w+)".*?<title>(.*?)</title>', chart) == [
+        ("under", "1 normal frames"),
+        ("over", "1 anomalous frames"),
+    ]
+    assert f'<line x1="{0.6 * charts.WIDTH:.1f}"' in chart

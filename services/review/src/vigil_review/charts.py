@@ -13,21 +13,23 @@ WIDTH, HEIGHT, FOOT = 320, 120, 18
 
 
 def histogram(camera: Camera) -> Markup:
-    """Scores of a camera's frames, and its threshold as a line; tall bars are cut to the chart's height."""
-    most = max(camera.bins)
+    """Scores of a camera's frames in the colours of their labels, and the threshold as a line."""
+    most = max(map(sum, camera.bins))
     step = WIDTH / len(camera.bins)
     span = camera.high - camera.low
     limit = (camera.threshold - camera.low) / span * WIDTH
     parts = []
-    for place, count in enumerate(camera.bins):
-        if count:
-            height = max(2.0, count / most * HEIGHT)
-            side = "over" if place * step + step / 2 >= limit else "under"
-            parts.append(
-                Markup(
-                    '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
-                ).format(side, place * step + 1, HEIGHT - height, step - 2, height, f"{count} frames")
-            )
+    for place, (normal, anomalous) in enumerate(camera.bins):
+        top = float(HEIGHT)
+        for side, count, label in (("under", normal, "normal"), ("over", anomalous, "anomalous")):
+            if count:
+                height = max(2.0, count / most * HEIGHT)
+                top = max(0.0, top - height)
+                parts.append(
+                    Markup(
+                        '<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+                    ).format(side, place * step + 1, top, step - 2, height, f"{count} {label} frames")
+                )
     if 0 <= limit <= WIDTH:
         parts.append(Markup('<line x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1}"/>').format(limit, HEIGHT))
     for anchor, x, value in (("start", 0, camera.low), ("end", WIDTH, camera.high)):

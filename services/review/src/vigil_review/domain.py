@@ -90,10 +90,10 @@ class Camera:
         frames: How many were judged.
         anomalous: How many of them are anomalous.
         per_minute: Frames per minute over the time looked at.
-        threshold: Of the newest.
+        threshold: What decides now: of the newest of all cameras' frames.
         low: The histogram's left end.
         high: Its right end.
-        bins: Frames per score range.
+        bins: Frames per score range: normal ones and anomalous ones, as each was called.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Camera:
     threshold: float
     low: float
     high: float
-    bins: tuple[int, ...]
+    bins: tuple[tuple[int, int], ...]
 
 
 def cameras(frames: Iterable[Frame], span_s: float) -> list[Camera]:
@@ -114,20 +114,26 @@ def cameras(frames: Iterable[Frame], span_s: float) -> list[Camera]:
             judged[frame.camera].append((frame.score, frame))
     scores = [score for found in judged.values() for score, _ in found]
     low, high = min([0.0, *scores]), max([1.0, *scores])
-    return [_camera(name, judged[name], span_s, low, high) for name in sorted(judged)]
+    of_all = [frame for found in judged.values() for _, frame in found]
+    newest = max(of_all, key=lambda frame: frame.stored_at, default=None)
+    threshold = newest.threshold if newest else 0.0
+    return [_camera(name, judged[name], span_s, threshold, (low, high)) for name in sorted(judged)]
 
 
-def _camera(name: str, found: list[tuple[float, Frame]], span_s: float, low: float, high: float) -> Camera:
-    bins = [0] * BINS
-    for score, _ in found:
-        bins[min(BINS - 1, int((score - low) / (high - low) * BINS))] += 1
+def _camera(
+    name: str, found: list[tuple[float, Frame]], span_s: float, threshold: float, scale: tuple[float, float]
+) -> Camera:
+    low, high = scale
+    bins = [[0, 0] for _ in range(BINS)]
+    for score, frame in found:
+        bins[min(BINS - 1, int((score - low) / (high - low) * BINS))][frame.label == "anomalous"] += 1
     return Camera(
         name=name,
         frames=len(found),
         anomalous=sum(frame.label == "anomalous" for _, frame in found),
         per_minute=len(found) / span_s * 60 if span_s > 0 else 0.0,
-        threshold=max(found, key=lambda one: one[1].stored_at)[1].threshold,
+        threshold=threshold,
         low=low,
         high=high,
-        bins=tuple(bins),
+        bins=tuple((normal, anomalous) for normal, anomalous in bins),
     )
