@@ -6,23 +6,23 @@ import asyncio
 import io
 import re
 import ssl
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 import trustme
 from aiohttp import FormData
 from PIL import Image
 from vigil.inference.v1 import inference_pb2, inference_pb2_grpc
-from vigil.types.v1 import types_pb2
 from vigil_cli.local.process import free_port
+from vigil_common.config import SecuritySettings
 from vigil_common.errors import InvalidInput
+from vigil_common.grpc.server import create_server
 from vigil_common.store.ports import ModelInfo
 from vigil_common.streams.ports import Live
+from vigil_inference.bootstrap import ACCESS
 from vigil_review import bootstrap, charts, pictures
-from vigil_review.backend import Backend, BackendError
 from vigil_review.config import Settings
 from vigil_review.domain import BINS, Frame, cameras
 from vigil_review.sessions import MOST
@@ -170,32 +170,51 @@ async def test_images_are_shown_as_they_are_and_tiff_as_png(site: Site) -> None:
     assert (await client.get(f"/m/{M}/f/line-1/f1/ai-view")).status == 404
 
 
-async def test_the_workers_of_an_anomalymodel_are_asked_wherever_it_is_and_whatever_its_name(
-    site: Site, tmp_path: Path
-) -> None:
-    class Worker(inference_pb2_grpc.InferenceServiceServicer):
-        async def Predict(  # noqa: N802
-            self, request: inference_pb2.PredictRequest, _: Any
-        ) -> inference_pb2.PredictResponse:
-            return inference_pb2.PredictResponse(verdict=types_pb2.Verdict(mask=types_pb2.Picture(data=request.image)))
+class Worker(inference_pb2_grpc.InferenceServiceServicer):
+    """Remembers what it was asked."""
 
-        async def Describe(self, *_: object) -> inference_pb2.DescribeResponse:  # noqa: N802
-            raise NotImplementedError
+    def __init__(self) -> None:
+        self.asked: list[inference_pb2.PredictRequest] = []
 
-    address = f"file:{tmp_path}/{{namespace}}/{{resource}}"
-    async with AsyncExitStack() as stack:
-        server = grpc.aio.server()
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(Worker(), server)
-        (tmp_path / "line-1").mkdir()
-        (tmp_path / "line-1" / "solar").write_text(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
-        await server.start()
-        stack.push_async_callback(server.stop, None)
-        backend = Backend(Settings(storage_address=f"127.0.0.1:{site.storage.port}", inference_address=address))
-        stack.push_async_callback(backend.close)
-        with pytest.raises(BackendError, match="no worker of cells"):
-            await backend.pictures(site.tokens["Ann"], M, b"image")
+    async def Predict(  # noqa: N802 - gRPC's name
+        self, request: inference_pb2.PredictRequest, _context: Any
+    ) -> inference_pb2.PredictResponse:
+        self.asked.append(request)
+        found = inference_pb2.PredictResponse()
+        found.verdict.visualization.data = image()
+        return found
+
+
+async def test_a_heat_map_says_what_was_said_of_the_frame_though_another_threshold_decides_now(tmp_path: Path) -> None:
+    worker = Worker()  # type: ignore[abstract]
+    handle = create_server("127.0.0.1:0", access=ACCESS, security=SecuritySettings())
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(worker, handle.server)
+    await handle.start()
+    async with review_site(tmp_path, inference_address=f"127.0.0.1:{handle.port}") as site:
+        await site.frames.write([record(1)])
+        client = await site.logged_in()
+        for version in (1, 2):  # the one that judged the frame, then another
+            digest = f"sha256:{version:064}"
+            await site.streams.routing.promote(M, version=version, digest=digest, threshold=0.25)
+            assert (await client.get(f"/m/{M}/f/line-1/f1/ai-view")).status == 200
+    await handle.drain(0)
+    assert [one.HasField("threshold") and one.threshold for one in worker.asked] == [0.5, False]
+
+
+async def test_the_workers_of_an_anomalymodel_are_asked_wherever_it_is_and_whatever_its_name(tmp_path: Path) -> None:
+    handle = create_server("127.0.0.1:0", access=ACCESS, security=SecuritySettings())
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Worker(), handle.server)  # type: ignore[abstract]
+    await handle.start()
+    (tmp_path / "line-1").mkdir()
+    (tmp_path / "line-1" / "solar").write_text(f"127.0.0.1:{handle.port}")
+    async with review_site(tmp_path, inference_address=f"file:{tmp_path}/{{namespace}}/{{resource}}") as site:
+        await site.frames.write([record(1)])
+        client = await site.logged_in()
+        answer = await client.get(f"/m/{M}/f/line-1/f1/ai-view")
+        assert (answer.status, "no worker of cells" in await answer.text()) == (503, True)
         await site.streams.routing.write(M, live=Live(1, "sha256:1", None), managed_by="line-1/solar")
-        assert await backend.pictures(site.tokens["Ann"], M, b"image") == (b"", b"image")
+        assert (await client.get(f"/m/{M}/f/line-1/f1/ai-view")).status == 200
+    await handle.drain(0)
 
 
 async def test_sessions_end_by_themselves_and_are_bounded(site: Site) -> None:

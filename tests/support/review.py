@@ -101,8 +101,8 @@ class Site:
 
 
 @asynccontextmanager
-async def review_site(tmp_path: Path) -> AsyncIterator[Site]:
-    """All of it, up for as long as the context is open."""
+async def review_site(tmp_path: Path, *, inference_address: str = "") -> AsyncIterator[Site]:
+    """All of it, up for as long as the context is open; heat maps come from the worker at that address."""
     tokens = {name: secrets.token_hex(32) for name in TOKENS}
     known = [
         {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), **TOKENS[name]}
@@ -124,7 +124,7 @@ async def review_site(tmp_path: Path) -> AsyncIterator[Site]:
     await handle.start()
     keeper = AnnotationKeeper(M, streams.reviews, annotations, frames, confirm_after_s=0.05)
     keeping = asyncio.create_task(keeper.run())
-    backend = Backend(Settings(storage_address=f"127.0.0.1:{handle.port}"))
+    backend = Backend(Settings(storage_address=f"127.0.0.1:{handle.port}", inference_address=inference_address))
     clock = [0.0]
     sessions = Sessions(60.0, clock=lambda: clock[0])
     async with TestServer(create_app(backend, sessions, secure=False)) as server:

@@ -316,9 +316,8 @@ async def _picture(request: web.Request) -> web.Response:
     elif kind != "mask":
         if not request.app[BACKEND].has_workers:
             raise web.HTTPNotFound(text="no worker is known here: set VIGIL_INFERENCE_ADDRESS")
-        view, mask = await request.app[BACKEND].pictures(
-            request[SESSION].token, request.match_info["model"], detail.image
-        )
+        token, model = request[SESSION].token, request.match_info["model"]
+        view, mask = await request.app[BACKEND].pictures(token, model, detail)
         body = view if kind == "ai-view" else mask
     if not body:
         raise web.HTTPNotFound(text="there is no such picture of this frame")

@@ -175,8 +175,11 @@ class Backend:
         """Whether heat maps and masks can be asked for."""
         return bool(self._settings.inference_address)
 
-    async def pictures(self, token: str, model: str, image: bytes) -> tuple[bytes, bytes]:
-        """The live version's heat map over the image, and its mask (PNG); empty where it gives none."""
+    async def pictures(self, token: str, model: str, detail: Detail) -> tuple[bytes, bytes]:
+        """The live version's heat map over the image, and its mask (PNG); empty where it gives none.
+
+        Where that version judged the frame, it draws what it said then, though another threshold may decide now.
+        """
         setting = self._settings.inference_address
         routes = await self._routes_of(token, model) if by_resource(setting) else ()
         try:
@@ -193,8 +196,11 @@ class Backend:
             visualization_format=types_pb2.IMAGE_FORMAT_PNG,
             mask=True,
         )
+        request = inference_pb2.PredictRequest(image=detail.image, outputs=outputs)
+        if detail.frame.score is not None and (await self.roles(token, model)).get(detail.frame.version) == "live":
+            request.threshold = detail.frame.threshold
         with _translated():
-            answer = await stub.Predict(inference_pb2.PredictRequest(image=image, outputs=outputs), timeout=PREDICT_S)
+            answer = await stub.Predict(request, timeout=PREDICT_S)
         return answer.verdict.visualization.data, answer.verdict.mask.data
 
 
