@@ -300,20 +300,35 @@ def test_a_canvas_without_a_mark_is_no_mask() -> None:
     assert pictures.drawn(image(mode="RGBA", fill=(255, 0, 0, 100))) == b""
 
 
+async def publish(site: Site, version: int, metrics: str = "{}") -> None:
+    info = ModelInfo(
+        name=M,
+        version=version,
+        digest=f"sha256:{version:064}",
+        size_bytes=3,
+        formats=("onnxruntime",),
+        published_at_us=T0,
+        manifest=f"name: {M}\nlineage: {{metrics: {metrics}}}\n",
+        published_by="trainer",
+    )
+    await site.models.upload(M, info.digest, 3, one_chunk(b"tar"))
+    await site.models.publish(info)
+
+
+async def test_a_model_without_frames_is_told_from_one_that_is_not_there(site: Site) -> None:
+    client = await site.logged_in()
+    for path in (f"/m/{M}", f"/m/{M}/next"):
+        answer = await client.get(path)
+        assert answer.status == 404
+        assert f"there is no model {M}" in await answer.text()
+    await publish(site, 1)
+    assert (await client.get(f"/m/{M}")).status == 200
+    assert "No frame has been judged yet" in await (await client.get(f"/m/{M}/next")).text()
+
+
 async def test_a_models_page_shows_its_versions_with_roles_and_metrics_and_why_one_is_deprecated(site: Site) -> None:
-    for version, metrics in ((1, "{auroc: 0.9123, f1: 0.8}"), (2, "{}")):
-        info = ModelInfo(
-            name=M,
-            version=version,
-            digest=f"sha256:{version:064}",
-            size_bytes=3,
-            formats=("onnxruntime",),
-            published_at_us=T0,
-            manifest=f"name: {M}\nlineage: {{metrics: {metrics}}}\n",
-            published_by="trainer",
-        )
-        await site.models.upload(M, info.digest, 3, one_chunk(b"tar"))
-        await site.models.publish(info)
+    await publish(site, 1, "{auroc: 0.9123, f1: 0.8}")
+    await publish(site, 2)
     await site.models.deprecate(M, 1, "blind on <edges>")
     await site.streams.routing.promote(M, version=2, digest=f"sha256:{2:064}", threshold=None)
     client = await site.logged_in()

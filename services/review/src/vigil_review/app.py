@@ -58,6 +58,7 @@ STATUSES = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 503,
 }
 
+NO_MODEL = "there is no model {}"
 LOGGED_OUT = "you have been logged out: log in in another tab, then repeat"
 
 log = get_logger()
@@ -239,6 +240,8 @@ async def _model(request: web.Request) -> web.Response:
     versions, roles = await backend.models(session.token, name), await backend.roles(session.token, name)
     start = datetime.now(UTC) - timedelta(minutes=minutes)
     frames, complete = await backend.since(session.token, name, start)
+    if not frames and name not in versions:
+        raise web.HTTPNotFound(text=NO_MODEL.format(name))
     end = datetime.now(UTC) if complete or not frames else frames[-1].stored_at
     found = cameras(frames, (end - start).total_seconds())
     return _page(
@@ -269,7 +272,11 @@ async def _next(request: web.Request) -> web.Response:
         waiting.clear()
         waiting.extend(found)
     if not waiting:
-        return _page(request, "done.html", model=model)
+        backend = request.app[BACKEND]
+        judged = await backend.has_judged(session.token, model)
+        if not judged and not await backend.models(session.token, model):
+            raise web.HTTPNotFound(text=NO_MODEL.format(model))
+        return _page(request, "done.html", model=model, judged=judged)
     # It waits until its page has been made: whoever clicks twice would pass over one unseen.
     frame_id, camera, why = waiting[0]
     return _see(f"{_place(model, camera, frame_id)}?why={quote(why)}")

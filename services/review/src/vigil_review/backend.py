@@ -142,6 +142,13 @@ class Backend:
                 return found, True
         return found, False
 
+    async def has_judged(self, token: str, model: str) -> bool:
+        """Whether any frame that the model judged is stored."""
+        request = storage_pb2.QueryRequest(model=model, min_score=0.0, page_size=1)
+        with _translated():
+            answer = await self._frames.Query(request, metadata=_bearer(token), timeout=CALL_S)
+        return bool(answer.frames)
+
     async def annotate(
         self,
         token: str,
