@@ -197,3 +197,25 @@ async def test_a_mask_that_is_wiped_stands_no_more(site: Site) -> None:
         await page.keyboard.press("a")
         await page.get_by_text("anomalous: kept").wait_for()
     assert (await labels(site, "f1"))["human_mask"] == "false"
+
+
+async def test_a_heat_map_that_did_not_come_is_asked_for_again(tmp_path: Path) -> None:
+    away = True
+
+    async def worker(route: Route) -> None:
+        await (route.abort() if away else route.fulfill(body=image(), content_type="image/png"))
+
+    async with review_site(tmp_path, inference_address="127.0.0.1:1") as site, browser_page(refusals=True) as page:
+        await site.frames.write([record(1)])
+        await log_in(page, site)
+        await page.route("**/ai-view", worker)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await page.keyboard.press("o")
+        await page.get_by_text("no heat map now").wait_for()
+        assert await page.locator("#overlay").is_hidden()
+        assert await page.get_attribute("#toggle", "aria-pressed") == "false"
+        away = False
+        await page.keyboard.press("o")
+        await page.wait_for_load_state("networkidle")
+        assert await page.evaluate("overlay.decode().then(() => overlay.naturalWidth)") > 0
+        assert await page.get_attribute("#toggle", "aria-pressed") == "true"

@@ -107,11 +107,15 @@ for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind,
 
 function toggle() {
   if (!overlay) return;
-  if (!overlay.src) overlay.src = overlay.dataset.src;
+  if (!overlay.hasAttribute("src")) overlay.src = overlay.dataset.src;
   overlay.hidden = !overlay.hidden;
   document.getElementById("toggle").setAttribute("aria-pressed", String(!overlay.hidden));
 }
-if (overlay) overlay.addEventListener("error", () => { overlay.hidden = true; say("the model gives no heat map now"); });
+overlay?.addEventListener("error", () => {
+  if (!overlay.hidden) toggle();
+  overlay.removeAttribute("src"); // asked for again at the next press
+  say("the model gives no heat map now");
+});
 
 function post(data) {
   return fetch(form.action, { method: "POST", body: data, redirect: "manual" });
