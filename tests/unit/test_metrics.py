@@ -27,6 +27,11 @@ def test_no_threshold_has_a_better_f1_than_the_best(normal: np.ndarray, anomalou
         assert confusion(normal, anomalous, other).f1 <= f1 + 1e-9
 
 
+def test_the_best_threshold_stands_in_the_middle_between_what_it_tells_apart() -> None:
+    assert best_f1(np.array([0.1, 0.2]), np.array([0.8, 0.9])) == pytest.approx((0.5, 1.0))
+    assert best_f1(np.array([0.5]), np.array([0.3])) == pytest.approx((0.3, 2 / 3))
+
+
 def test_a_confusion_counts_what_is_at_the_threshold_as_anomalous() -> None:
     found = confusion(np.array([0.1, 0.5], dtype=np.float32), np.array([0.5, 0.2, 0.9], dtype=np.float32), 0.5)
     assert (found.true_anomalous, found.false_anomalous, found.true_normal, found.false_normal) == (2, 1, 1, 1)

@@ -67,13 +67,18 @@ def confusion(normal: Scores, anomalous: Scores, threshold: float) -> Confusion:
 
 
 def best_f1(normal: Scores, anomalous: Scores) -> tuple[float, float]:
-    """The threshold with the highest F1, and that F1; of several, the lowest threshold."""
+    """The threshold with the highest F1, and that F1.
+
+    It is the middle of the gap between two scores, as far from what is called normal as from what is called anomalous;
+    of several gaps the lowest.
+    """
     candidates = np.unique(np.concatenate([normal, anomalous]))
     hits = len(anomalous) - np.searchsorted(np.sort(anomalous), candidates, side="left")
     alarms = len(normal) - np.searchsorted(np.sort(normal), candidates, side="left")
     f1 = 2 * hits / (hits + alarms + len(anomalous))
     best = int(np.argmax(f1))
-    return float(candidates[best]), float(f1[best])
+    lower = candidates[max(best - 1, 0)]
+    return (float(lower) + float(candidates[best])) / 2, float(f1[best])
 
 
 @dataclass(slots=True)

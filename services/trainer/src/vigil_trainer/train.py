@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import time
 from collections.abc import Callable
@@ -39,8 +38,6 @@ _NORMAL_QUANTILE = 0.95
 # Without abnormal images: how far these go above normal ones is unknown, and a score must not stop at 1 too early.
 _HEADROOM = 1.0
 _LEAST_RANGE = 1e-3
-# How far the same raw score may be off elsewhere: a logarithm of sums of 32-bit floats.
-_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +179,6 @@ def _scale(normal: NDArray[np.float32], abnormal: NDArray[np.float32] | None) ->
         high += _HEADROOM * (high - low)
     else:
         threshold, _ = metrics.best_f1(normal, abnormal)
-        # It is an image's own score, whose last bits come out otherwise in the graph: that image is to stay over it.
-        lower = [score for score in map(float, (*normal, *abnormal)) if score < threshold]
-        threshold -= min(_ROUNDING, (threshold - max(lower, default=-math.inf)) / 2)
         high = max(high, float(abnormal.max()))
     # 0.5 is the middle: the range has to reach as far on either side.
     reach = max(high - threshold, threshold - low, _LEAST_RANGE)
