@@ -101,9 +101,10 @@ class PixelMetrics:
         self._normal += np.bincount(bins[~mask], minlength=BINS)
         self._anomalous += np.bincount(bins[mask], minlength=BINS)
         labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-        for region in range(1, count + 1):
-            inside = bins[labels == region]
-            self._regions += np.bincount(inside, minlength=BINS) / len(inside)
+        # Each pixel weighs as little as its region is large.
+        regions = labels[mask]
+        weights = 1 / np.bincount(regions, minlength=count + 1)[regions]
+        self._regions += np.bincount(bins[mask], weights, minlength=BINS)
         self._region_count += count
 
     @property
