@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp import FormData
+from PIL import Image
 
 from tests.support.browser import browser_page
-from tests.support.review import M, Site, form_of, image, labels, record, review_site
+from tests.support.review import HEIGHT, WIDTH, M, Site, form_of, image, labels, record, review_site
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -219,3 +221,64 @@ async def test_a_heat_map_that_did_not_come_is_asked_for_again(tmp_path: Path) -
         await page.wait_for_load_state("networkidle")
         assert await page.evaluate("overlay.decode().then(() => overlay.naturalWidth)") > 0
         assert await page.get_attribute("#toggle", "aria-pressed") == "true"
+
+
+async def test_after_a_lost_answer_something_else_may_be_said_and_the_same_is_said_once(site: Site) -> None:
+    await site.frames.write([record(1)])
+
+    lost: list[int] = []
+
+    async def lose(route: Route) -> None:
+        lost.append((await route.fetch(max_redirects=0)).status)
+        await route.abort()
+
+    async with browser_page(refusals=True) as page:
+        await log_in(page, site)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await page.route(f"**{PLACE}", lose)
+        for times in (1, 2):
+            await page.keyboard.press("u")
+            await until(lambda times=times: len(lost) == times)  # type: ignore[misc]
+            await page.get_by_text("the server can't be reached").wait_for()
+        assert lost == [303, 303]
+        await page.unroute(f"**{PLACE}")
+        await draw(page)
+        await page.keyboard.press("a")
+        await page.get_by_text("anomalous with a mask: kept").wait_for()
+        await page.goto(str(site.server.make_url(PLACE)))
+        assert await page.locator("aside li b").all_text_contents() == ["anomalous", "unsure"]
+
+
+async def test_what_is_painted_before_a_mask_comes_stays_and_is_taken_back_by_strokes(site: Site) -> None:
+    await site.frames.write([record(1)])
+    other = await site.logged_in()
+    form = FormData({"label": "anomalous", **await form_of(other, PLACE)})
+    corner = Image.new("RGBA", (WIDTH, HEIGHT))
+    corner.putpixel((0, 0), (255, 0, 0, 255))
+    file = io.BytesIO()
+    corner.save(file, "PNG")
+    form.add_field("mask", file.getvalue(), filename="mask.png", content_type="image/png")
+    assert (await other.post(PLACE, data=form)).status == 200
+    come = asyncio.Event()
+
+    async def slow(route: Route) -> None:
+        await come.wait()
+        await route.continue_()
+
+    async def marks() -> list[bool]:
+        at = [f"pen.getImageData({x}, {y}, 1, 1).data[3] >= 128" for x, y in ((0, 0), (WIDTH // 2, HEIGHT // 2))]
+        found: list[bool] = await page.evaluate(f"[{', '.join(at)}]")
+        return found
+
+    async with browser_page() as page:
+        await log_in(page, site)
+        await page.route(f"**{PLACE}/mask", slow)
+        await page.goto(str(site.server.make_url(PLACE)))
+        await draw(page)
+        come.set()
+        await page.evaluate("standing")
+        assert await marks() == [True, True]
+        await page.keyboard.press("z")
+        assert await marks() == [False, True]
+        await page.keyboard.press("z")
+        assert await marks() == [False, False]

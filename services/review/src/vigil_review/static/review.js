@@ -10,6 +10,9 @@ const problem = document.getElementById("problem");
 const MARK = "#ff2020";
 const MOST_UNDO = 20;
 const undo = [];
+let changes = 0; // of the canvas
+let said = ""; // last, and as which annotation: after a lost answer the same may be sent again, nothing else
+let sayings = 0;
 let erasing = false;
 let busy = false;
 let painted = false; // by this person, and not sent
@@ -19,14 +22,26 @@ function say(text) {
   problem.hidden = !text;
 }
 
+// What the canvas shows, as where runs of equal pixels end: whole copies would take hundreds of megabytes.
 function remember() {
-  undo.push(pen.getImageData(0, 0, canvas.width, canvas.height));
+  const pixels = new Uint32Array(pen.getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+  const runs = [];
+  for (let place = 1; place <= pixels.length; place += 1) {
+    if (pixels[place] !== pixels[place - 1]) runs.push(place, pixels[place - 1]);
+  }
+  undo.push(runs);
   if (undo.length > MOST_UNDO) undo.shift();
+  changes += 1;
 }
 
 function takeBack() {
-  const before = undo.pop();
-  if (before) pen.putImageData(before, 0, 0);
+  const runs = undo.pop();
+  if (!runs) return;
+  const before = pen.createImageData(canvas.width, canvas.height);
+  const pixels = new Uint32Array(before.data.buffer);
+  for (let run = 0; run < runs.length; run += 2) pixels.fill(runs[run + 1], runs[run - 2] ?? 0, runs[run]);
+  pen.putImageData(before, 0, 0);
+  changes += 1;
 }
 
 function clear() {
@@ -46,8 +61,9 @@ function marked() {
   return false;
 }
 
-// A grey mask as marks on the canvas; whether it came.
+// A grey mask as marks on the canvas, beside what is painted until it comes; whether it came.
 async function load(address) {
+  const before = changes;
   let picture;
   try {
     const answer = await fetch(address);
@@ -58,16 +74,20 @@ async function load(address) {
     say(`the mask can't be had (${error.message})`);
     return false;
   }
-  remember();
-  pen.clearRect(0, 0, canvas.width, canvas.height);
-  pen.imageSmoothingEnabled = false;
-  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  const found = pen.getImageData(0, 0, canvas.width, canvas.height);
+  const marks = new OffscreenCanvas(canvas.width, canvas.height);
+  const marker = marks.getContext("2d", { willReadFrequently: true });
+  marker.imageSmoothingEnabled = false;
+  marker.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const found = marker.getImageData(0, 0, canvas.width, canvas.height);
   for (let place = 0; place < found.data.length; place += 4) {
     const on = found.data[place] >= 128 && found.data[place + 3] >= 128;
     found.data.set([255, 32, 32, on ? 255 : 0], place);
   }
-  pen.putImageData(found, 0, 0);
+  marker.putImageData(found, 0, 0);
+  const untouched = changes === before;
+  remember();
+  if (untouched) pen.clearRect(0, 0, canvas.width, canvas.height);
+  pen.drawImage(marks, 0, 0);
   if (!marked()) say("that mask marks nothing");
   return true;
 }
@@ -147,6 +167,10 @@ async function submit(label) {
     }
     const data = new FormData(form);
     data.set("label", label);
+    const saying = JSON.stringify([label, data.get("note"), changes]);
+    if (said && saying !== said) sayings += 1;
+    said = saying;
+    if (sayings) data.set("annotation_id", `${data.get("annotation_id")}-${sayings}`);
     data.set("mask", ""); // none, which is not the one that stands
     if (label !== "normal" && marked()) {
       data.set("mask", await new Promise((done) => canvas.toBlob(done, "image/png")), "mask.png");
