@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -284,11 +283,12 @@ def test_of_several_trainings_the_latest_is_taken_and_named(tmp_path: Path) -> N
     assert imported_from(results / "v0" / "weights" / "onnx" / "model.onnx") == "model.onnx"
 
 
-def test_of_several_models_the_one_exported_last_is_taken(tmp_path: Path) -> None:
-    for age, name in enumerate(("Stfpm", "Padim")):
-        path = export(tmp_path / name / "cells" / f"v{age}" / "weights" / "onnx" / "model.onnx")
-        os.utime(path, (1e9 - age, 1e9 - age))
-    assert imported_from(tmp_path) == f"{tmp_path.name}/Stfpm/cells/v0"
+def test_of_several_models_none_is_taken_before_one_is_named(tmp_path: Path) -> None:
+    for name in ("Stfpm", "Padim"):
+        export(tmp_path / name / "cells" / "v0" / "weights" / "onnx" / "model.onnx")
+    with pytest.raises(InvalidBundle, match=r"several models: name one of .*/Padim/cells/v0, .*/Stfpm/cells/v0"):
+        imported_from(tmp_path)
+    assert imported_from(tmp_path / "Padim") == "Padim/cells/v0"
 
 
 def test_both_files_are_of_one_training(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def import_export(
 
     Args:
         path: A folder with model.onnx (and its .data) or model.xml and model.bin, also in subfolders; or one such file.
-            Of several trainings the newest one, which `imported_from` in the lineage names.
+            Of one model's several trainings the newest, which `imported_from` in the lineage names.
         name: The model's name; None takes the nearest folder's that says something.
         parity_images: Images whose scores are recorded now and must come out again wherever the bundle is loaded;
             without any, two that are drawn here.
@@ -64,7 +64,7 @@ def import_export(
         lineage: More to say of where it comes from.
 
     Raises:
-        InvalidBundle: EXPORT_NOT_FOUND, EXPORT_UNREADABLE, MODEL_UNLOADABLE, BUNDLE_OUTPUT_MISSING,
+        InvalidBundle: EXPORT_NOT_FOUND, EXPORT_AMBIGUOUS, EXPORT_UNREADABLE, MODEL_UNLOADABLE, BUNDLE_OUTPUT_MISSING,
             BUNDLE_FILE_MISSING, BUNDLE_PATH_OUTSIDE, ENGINE_MISSING, NAME_UNKNOWN, SCORE_NOT_FINITE, SCORE_OUT_OF_RANGE
             or PARITY_FAILED.
         InvalidInput: As `vigil_common.pixels.decode`.
@@ -187,7 +187,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Path]]:
     """The folder of the newest training that was exported, and its file of each kind; no file where there is none.
 
     Beside each other, as Anomalib keeps them, it is what `latest` is or leads to, or else the highest of v0, v1 and so
-    on; of several models, the one exported last.
+    on. Several models are refused: the newest may be none that was meant.
     """
     trainings: dict[Path, dict[str, Path]] = {}
     for candidate in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -196,8 +196,11 @@ def _find(path: Path) -> tuple[Path, dict[str, Path]]:
     newest = [one for one in trainings if all(_rank(one) >= _rank(o) for o in trainings if o.parent == one.parent)]
     if not newest:
         return path, {}
-    taken = max(newest, key=lambda one: max(file.stat().st_mtime for file in trainings[one].values()))
-    return taken, trainings[taken]
+    if len(newest) > 1:
+        raise InvalidBundle(
+            "EXPORT_AMBIGUOUS", f"{path} holds several models: name one of {', '.join(map(str, newest))}"
+        )
+    return newest[0], trainings[newest[0]]
 
 
 def _training_of(file: Path, root: Path) -> Path:
