@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 from vigil_cli.evaluation.dataset import read_dataset
+from vigil_cli.evaluation.run import picture_of, save
 from vigil_cli.main import app
 from vigil_cli.sources import SourceError
 from vigil_trainer import train
@@ -113,3 +114,13 @@ def test_a_report_that_can_not_be_written_is_said_before_anything_is_judged(tmp_
     result = CliRunner().invoke(app, ["evaluate", str(bundle), str(tmp_path / "001.png"), "-o", str(taken)])
     assert result.exit_code == 1
     assert "File exists" in result.stderr
+
+
+def test_images_that_only_their_suffixes_tell_apart_have_pictures_of_their_own(tmp_path: Path) -> None:
+    touch(tmp_path, "001.jpg", "001.png")
+    show = save(tmp_path / "pictures")
+    for number, item in enumerate(read_dataset(tmp_path)):
+        show(item, np.full((2, 2, 3), number, dtype=np.uint8))
+        with Image.open(picture_of(tmp_path / "pictures", item)) as picture:
+            assert picture.getpixel((0, 0)) == (number,) * 3
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"001.jpg.png", "001.png"}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from vigil_cli.evaluation.run import picture_of
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -77,7 +79,7 @@ def as_html(found: Evaluation, facts: dict[str, Any], pictures: Path | None) -> 
     figures = ""
     if pictures is not None:
         figures = "".join(
-            f'<figure><img src="data:image/jpeg;base64,{_thumbnail((pictures / one.item.name).with_suffix(".png"))}">'
+            f'<figure><img src="data:image/jpeg;base64,{_thumbnail(picture_of(pictures, one.item))}">'
             f"<figcaption>{escape(one.item.name)} {one.score:.3f} {_truth(one.item.anomalous)}</figcaption></figure>"
             for one in shown[:PICTURES]
         )

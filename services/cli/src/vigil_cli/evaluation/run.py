@@ -159,11 +159,17 @@ def _picture(
     return np.asarray(sheet)
 
 
+def picture_of(folder: Path, item: Item) -> Path:
+    """Where an image's picture is saved: a PNG, told from that of an image that only its suffix tells apart."""
+    path = folder / item.name
+    return path if path.suffix == ".png" else path.with_name(f"{path.name}.png")
+
+
 def save(folder: Path) -> Callable[[Item, Pixels], None]:
     """Saves pictures below a folder under their images' names."""
 
     def show(item: Item, picture: Pixels) -> None:
-        path = (folder / item.name).with_suffix(".png")
+        path = picture_of(folder, item)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(visualize.encode(picture))
 
