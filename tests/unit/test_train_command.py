@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 from vigil_cli.main import app
 from vigil_cli.sources import SourceError
-from vigil_cli.train import TrainingSet
+from vigil_cli.train import TrainingSet, _train
 from vigil_common.bundle import read_manifest
 
 from tests.support.cells import load_cells
@@ -83,6 +83,11 @@ def test_a_bundle_says_what_it_was_trained_on_and_how_good_it_was(tmp_path: Path
     shutil.copy(next((tmp_path / "data/abnormal").iterdir()), tmp_path / "one")
     few = CliRunner().invoke(app, ["train", "--normal", str(tmp_path / "one"), "-m", "x", "-o", str(output)])
     assert few.exit_code == 1
+
+
+def test_too_few_labelled_frames_are_said_to_be_too_few_and_no_folder_is_asked_for() -> None:
+    with pytest.raises(SourceError, match="needs 4 frames that people labelled normal, there are 0; label more"):
+        _train(TrainingSet(), "cells", None, {"from_store": True})
 
 
 def test_training_by_anomalib_needs_anomalib(tmp_path: Path) -> None:

@@ -153,7 +153,11 @@ def train(
 def _train(images: TrainingSet, name: str, algorithm: str | None, source: dict[str, Any]) -> bytes:
     """Train by Anomalib's algorithm, or by the built-in trainer where none is given."""
     import vigil_trainer  # noqa: PLC0415 - loads the runtimes
+    from vigil_trainer.train import FEWEST_IMAGES  # noqa: PLC0415 - likewise
 
+    if "folders" not in source and len(images.normal) < FEWEST_IMAGES:
+        few = f"training needs {FEWEST_IMAGES} frames that people labelled normal, there are {len(images.normal)}"
+        raise SourceError(f"{few}; label more: vigil review, vigil annotate")
     given = f"{len(images.normal)} normal and {len(images.abnormal)} anomalous images, {len(images.masks)} masks"
     with console.status(f"training on {given}"):
         if algorithm is not None:
