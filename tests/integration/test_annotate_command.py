@@ -1,8 +1,9 @@
-"""`vigil annotate` before a real storage."""
+"""`vigil annotate` and `vigil frames get` before a real storage."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,19 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         yield found
 
 
-async def annotate(site: Site, *words: str) -> str:
+async def vigil(site: Site, *words: str) -> tuple[int | None, str]:
     where = ("--storage-address", f"127.0.0.1:{site.storage.port}", "--token", site.tokens["Ann"])
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vigil_cli", "annotate", "f1", "-m", M, *words, *where),
-        stdout=asyncio.subprocess.PIPE,
+        *(sys.executable, "-m", "vigil_cli", *words, *where), stdout=asyncio.subprocess.PIPE
     )
     said, _ = await process.communicate()
-    assert process.returncode == 0
-    return said.decode()
+    return process.returncode, said.decode()
+
+
+async def annotate(site: Site, *words: str) -> str:
+    code, said = await vigil(site, "annotate", "f1", "-m", M, *words)
+    assert code == 0
+    return said
 
 
 async def test_the_mask_that_stands_outlives_a_label_without_one_until_somebody_says_otherwise(
@@ -49,3 +54,13 @@ async def test_the_mask_that_stands_outlives_a_label_without_one_until_somebody_
     assert (await labels(site, "f1"))["human_mask"] == "true"
     assert "mask" not in await annotate(site, "--label", "anomalous", "--no-mask")
     assert (await labels(site, "f1"))["human_mask"] == "false"
+
+
+async def test_a_frame_without_a_mask_is_shown_and_saved_before_that_is_said(site: Site, tmp_path: Path) -> None:
+    await site.frames.write([record(1)])
+    saved, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    code, said = await vigil(site, "frames", "get", M, "f1", "-o", str(saved), "--mask", str(mask))
+    assert code == 1
+    assert json.loads(said)["frame_id"] == "f1"
+    assert saved.read_bytes() == record(1).body
+    assert not mask.exists()

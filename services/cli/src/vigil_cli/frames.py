@@ -138,9 +138,6 @@ def get(
             return await storage.frames_history(model, frame_id, camera=camera)
 
     found = run(work())
-    if mask is not None and found.mask is None:
-        errors.print(f"{frame_id} has no mask")
-        raise typer.Exit(1)
     with told():
         if output is not None:
             output.write_bytes(found.image)
@@ -148,6 +145,9 @@ def get(
             mask.write_bytes(found.mask)
     history = {"annotations": [said(one) for one in found.annotations]} if found.annotations else {}
     typer.echo(json.dumps({**_plain(found.frame), **history}, indent=2))
+    if mask is not None and found.mask is None:
+        errors.print(f"{frame_id} has no mask")
+        raise typer.Exit(1)
 
 
 def _labels(given: Sequence[str]) -> list[dict[str, str]]:
