@@ -1,13 +1,16 @@
-"""`vigil annotate` and `vigil frames get` before a real storage."""
+"""Commands of people who review, before a real storage."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
+from vigil_common.store.ports import ModelInfo
 
 from tests.support.review import M, Site, form_of, image, labels, record, review_site
 
@@ -27,7 +30,9 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 async def vigil(site: Site, *words: str) -> tuple[int | None, str]:
     where = ("--storage-address", f"127.0.0.1:{site.storage.port}", "--token", site.tokens["Ann"])
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vigil_cli", *words, *where), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "vigil_cli", *words, *where),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "TZ": "Asia/Tokyo", "COLUMNS": "120"},
     )
     said, _ = await process.communicate()
     return process.returncode, said.decode()
@@ -64,3 +69,26 @@ async def test_a_frame_without_a_mask_is_shown_and_saved_before_that_is_said(sit
     assert json.loads(said)["frame_id"] == "f1"
     assert saved.read_bytes() == record(1).body
     assert not mask.exists()
+
+
+async def test_models_are_listed_with_local_times_as_frames_are(site: Site) -> None:
+    at = datetime(2026, 1, 1, 20, 30, tzinfo=UTC)
+    info = ModelInfo(
+        name=M,
+        version=1,
+        digest=f"sha256:{1:064}",
+        size_bytes=3,
+        formats=("onnxruntime",),
+        published_at_us=int(at.timestamp()) * 1_000_000,
+        manifest=f"name: {M}\n",
+        published_by="trainer",
+    )
+
+    async def bundle() -> AsyncIterator[bytes]:
+        yield b"tar"
+
+    await site.models.upload(M, info.digest, 3, bundle())
+    await site.models.publish(info)
+    code, said = await vigil(site, "model", "list")
+    assert code == 0
+    assert "2026-01-02 05:30" in said

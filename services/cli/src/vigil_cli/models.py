@@ -102,7 +102,7 @@ def list_(
     roles |= {(route.model, route.live): "live" for route in routes}
     table = narrow_table("model", "version", "", "formats", "MB", "published", "digest")
     for model in models:
-        published, digest = f"{model.published_at:%Y-%m-%d %H:%M}", model.digest[:SHORT_DIGEST]
+        published, digest = f"{model.published_at.astimezone():%Y-%m-%d %H:%M}", model.digest[:SHORT_DIGEST]
         formats, size = "\n".join(model.formats), f"{model.size_bytes / 1e6:,.1f}"
         role = roles.get((model.name, model.version)) or ("deprecated" if model.deprecated else "")
         table.add_row(model.name, str(model.version), role, formats, size, published, digest)
