@@ -15,6 +15,7 @@ from vigil_cli.main import app
 from vigil_cli.sources import SourceError
 from vigil_cli.train import TrainingSet, _train
 from vigil_common.bundle import read_manifest
+from vigil_trainer.with_anomalib import _link
 
 from tests.support.cells import load_cells
 
@@ -88,6 +89,22 @@ def test_a_bundle_says_what_it_was_trained_on_and_how_good_it_was(tmp_path: Path
 def test_too_few_labelled_frames_are_said_to_be_too_few_and_no_folder_is_asked_for() -> None:
     with pytest.raises(SourceError, match="needs 4 frames that people labelled normal, there are 0; label more"):
         _train(TrainingSet(), "cells", None, {"from_store": True})
+
+
+def test_anomalib_is_given_images_as_people_see_them(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paths = [tmp_path / name for name in ("turned.jpg", "deep.png", "plain.png")]
+    Image.new("RGB", (6, 4)).save(paths[0], exif=exif)
+    Image.new("I;16", (6, 4), 0x8000).save(paths[1])
+    Image.new("L", (6, 4)).save(paths[2])
+    _link(tmp_path / "images", paths)
+    turned, deep, plain = sorted((tmp_path / "images").iterdir())
+    with Image.open(turned) as shown:
+        assert shown.size == (4, 6)
+    with Image.open(deep) as shown:
+        assert (shown.mode, shown.getpixel((0, 0))) == ("L", 128)
+    assert plain.is_symlink()
 
 
 def test_training_by_anomalib_needs_anomalib(tmp_path: Path) -> None:

@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 from vigil_client import HumanLabel, ReviewedFrame, StorageClient
-from vigil_common import images
-from vigil_common.errors import InvalidInput
 
 from vigil_cli.frames import said
 from vigil_cli.options import DEFAULT_STORAGE, Since, StorageAddress, Token, Until, console, run
@@ -48,7 +46,6 @@ SUFFIXES = {
     "image/tiff": ".tiff",
     "image/webp": ".webp",
 }
-PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 MAX_PIXELS = 100_000_000
 
 
@@ -153,6 +150,8 @@ class _Writing:
     counts: dict[str, int] = field(default_factory=lambda: {NORMAL: 0, ABNORMAL: 0, UNMASKED: 0})
 
     def add(self, found: ReviewedFrame) -> None:
+        from vigil_common.pixels import as_shown  # noqa: PLC0415 - loads numpy, see below
+
         # Meanwhile somebody may have become unsure; what people said of a frame may also come after it.
         if not found.annotations or found.annotations[-1].label is HumanLabel.UNSURE:
             return
@@ -163,7 +162,7 @@ class _Writing:
         self.counts[kind] += 1
         folder = kind if self.form is Format.FOLDER else IMAGES
         body, suffix = found.image, SUFFIXES.get(frame.content_type, ".img")
-        turned = _turned(found.image)
+        turned = as_shown(found.image, max_pixels=MAX_PIXELS)
         if turned is not None:
             body, suffix = turned, ".png"
         image = f"{folder}/{stem}{suffix}"
@@ -276,23 +275,6 @@ def run_lengths(marked: "NDArray[np.bool_]") -> list[int]:
     flat = np.concatenate([[False], marked.flatten(order="F")])
     edges = np.flatnonzero(np.diff(flat)).tolist()
     return [stop - start for start, stop in zip([0, *edges], [*edges, marked.size], strict=True)]
-
-
-def _turned(data: bytes) -> bytes | None:
-    """The image as people see it, as PNG; None where it is read so as it is stored, or is none."""
-    from vigil_common.pixels import decode  # noqa: PLC0415 - loads numpy, see above
-
-    try:
-        image = images.open_header(data, max_bytes=len(data), max_pixels=MAX_PIXELS)
-        deep = image.mode.startswith("I")
-        if images.orientation(image) == 1 and not deep:
-            return None
-        upright = Image.fromarray(decode(data, max_pixels=MAX_PIXELS)) if deep else images.upright(image)
-        out = io.BytesIO()
-        (upright if upright.mode in PNG_MODES else upright.convert("RGB")).save(out, "PNG")
-    except (InvalidInput, OSError, ValueError, SyntaxError):  # such as a frame that could not be judged for it
-        return None
-    return out.getvalue()
 
 
 def _iso(time: datetime | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ MAX_BYTES = 1 << 30
 # Decoding a PNG in Rust takes a third of Pillow's time but, other than Pillow, lets no other thread run meanwhile: only
 # where that is a few milliseconds.
 QUICK_PIXELS = 1 << 18
+PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA"})
 QUICK_MODES = {"L": "mono", "RGB": "rgb"}
 
 
@@ -65,6 +67,25 @@ def decode(data: bytes, *, max_pixels: int) -> Pixels:
         raise InvalidInput(
             "IMAGE_TRUNCATED", f"the image's pixels are cut short or broken ({error}); send the whole file"
         ) from error
+
+
+def as_shown(data: bytes, *, max_pixels: int) -> bytes | None:
+    """The image as people see it, as PNG, for readers that know neither EXIF data nor sixteen bits, such as Anomalib's.
+
+    Returns:
+        None where it is read so as it is stored, or is none.
+    """
+    try:
+        image = open_header(data, max_bytes=len(data), max_pixels=max_pixels)
+        deep = image.mode.startswith("I")
+        if orientation(image) == 1 and not deep:
+            return None
+        shown = Image.fromarray(decode(data, max_pixels=max_pixels)) if deep else upright(image)
+        out = io.BytesIO()
+        (shown if shown.mode in PNG_MODES else shown.convert("RGB")).save(out, "PNG")
+    except (InvalidInput, OSError, ValueError, SyntaxError):  # such as a frame that could not be judged for it
+        return None
+    return out.getvalue()
 
 
 def _quick(data: bytes, width: int, height: int, mode: str) -> Pixels | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from vigil_common.bundle import open_bundle
 from vigil_common.errors import InvalidInput
-from vigil_common.pixels import decode, flat
+from vigil_common.pixels import as_shown, decode, flat
 
 from vigil_trainer import metrics
 from vigil_trainer.graphs import MAX_PIXELS, run_graphs
@@ -111,9 +111,14 @@ def train_anomalib(
 
 
 def _link(folder: Path, images: Sequence[Path]) -> None:
+    """Images as Anomalib reads them rightly: it knows neither EXIF data nor sixteen bits."""
     folder.mkdir(parents=True)
     for place, image in enumerate(images):
-        (folder / f"{place:06d}{image.suffix.lower()}").symlink_to(image.absolute())
+        shown = as_shown(image.read_bytes(), max_pixels=MAX_PIXELS)
+        if shown is None:
+            (folder / f"{place:06d}{image.suffix.lower()}").symlink_to(image.absolute())
+        else:
+            (folder / f"{place:06d}.png").write_bytes(shown)
 
 
 def _measure(
