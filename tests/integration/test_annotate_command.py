@@ -9,22 +9,13 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-import pytest
 from vigil_common.store.ports import ModelInfo
 
-from tests.support.review import M, Site, form_of, image, labels, record, review_site
+from tests.support.review import PLACE, M, Site, form_of, image, labels, record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
-
-PLACE = f"/m/{M}/f/line-1/f1"
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with review_site(tmp_path) as found:
-        yield found
 
 
 async def vigil(site: Site, *words: str) -> tuple[int | None, str]:

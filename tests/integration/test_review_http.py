@@ -36,12 +36,6 @@ if TYPE_CHECKING:
     from aiohttp.client import ClientResponse
 
 
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with review_site(tmp_path) as found:
-        yield found
-
-
 async def test_nobody_gets_past_the_login_without_a_token_that_may_review(site: Site) -> None:
     stranger = await site.browser()
     for path in ("/", f"/m/{M}", f"/m/{M}/next", f"/m/{M}/f/line-1/f1", f"/m/{M}/f/line-1/f1/image"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from vigil_client import Frame, VigilClient
 
-from tests.support.browser import browser_page
+from tests.support.browser import browser_page, draw_across
 from tests.support.cells import load_cells
 from tests.support.platform import MODEL, platform
 
@@ -38,16 +38,6 @@ async def _said(vigil: Platform, frame_id: str) -> dict[str, str]:
         if "human" in stored.labels or time.monotonic() > deadline:
             return dict(stored.labels)
         await asyncio.sleep(0.05)
-
-
-async def _draw_across(page: Page) -> None:
-    """A stroke from a quarter to three quarters of the image's width, at half its height."""
-    box = await page.locator("#mask").bounding_box()
-    assert box is not None
-    await page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.5)
-    await page.mouse.down()
-    await page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5, steps=5)
-    await page.mouse.up()
 
 
 def _frame_of(page: Page) -> str:
@@ -94,7 +84,7 @@ async def test_a_person_sees_the_cameras_labels_by_key_and_draws_a_mask(tmp_path
             await _shot(page, "overlay")
             await page.keyboard.press("o")
             assert await page.locator("#overlay").is_hidden()
-            await _draw_across(page)
+            await draw_across(page)
             await page.fill("input[name=note]", "crack <b>across</b>")
             await page.locator("dl").click()
             await _shot(page, "drawn")
@@ -151,7 +141,7 @@ async def test_a_turned_image_is_seen_marked_and_exported_as_it_is_shown(tmp_pat
                 assert size == [200, 300], name
             await _shot(page, "turned")
             await page.keyboard.press("o")
-            await _draw_across(page)
+            await draw_across(page)
             await page.keyboard.press("a")
             await page.get_by_text("anomalous with a mask: kept").wait_for()
         found = await vigil.storage.frames_history(MODEL, result.frame_id)

@@ -6,26 +6,17 @@ import asyncio
 import io
 from typing import TYPE_CHECKING
 
-import pytest
 from aiohttp import FormData
 from PIL import Image
 
-from tests.support.browser import browser_page
-from tests.support.review import HEIGHT, WIDTH, M, Site, form_of, image, labels, record, review_site
+from tests.support.browser import browser_page, draw_across
+from tests.support.review import HEIGHT, PLACE, WIDTH, M, Site, form_of, image, labels, record, review_site
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from playwright.async_api import Dialog, Page, Route
-
-PLACE = f"/m/{M}/f/line-1/f1"
-
-
-@pytest.fixture
-async def site(tmp_path: Path) -> AsyncIterator[Site]:
-    async with review_site(tmp_path) as found:
-        yield found
 
 
 async def log_in(page: Page, site: Site) -> None:
@@ -39,12 +30,7 @@ async def log_in(page: Page, site: Site) -> None:
 async def draw(page: Page) -> None:
     """A stroke that is wide enough for an image this small."""
     await page.locator("#width").fill("60")
-    box = await page.locator("#mask").bounding_box()
-    assert box is not None
-    await page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.5)
-    await page.mouse.down()
-    await page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5, steps=3)
-    await page.mouse.up()
+    await draw_across(page)
 
 
 async def until(true: Callable[[], bool]) -> None:

@@ -43,3 +43,13 @@ async def browser_page(*, refusals: bool = False) -> AsyncIterator[Page]:
         yield page
         await browser.close()
         assert [said for said in complaints if not (refusals and said.startswith("Failed to load resource"))] == []
+
+
+async def draw_across(page: Page) -> None:
+    """A stroke from a quarter to three quarters of the review page's image, at half its height."""
+    box = await page.locator("#mask").bounding_box()
+    assert box is not None
+    await page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.5)
+    await page.mouse.down()
+    await page.mouse.move(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.5, steps=5)
+    await page.mouse.up()

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 M = "cells"
+# Of the frame that `record(1)` makes.
+PLACE = f"/m/{M}/f/line-1/f1"
 T0 = 1_750_000_000_000_000
 WIDTH, HEIGHT = 16, 12
 TOKENS = {

@@ -13,12 +13,12 @@ from vigil.storage.v1 import storage_pb2, storage_pb2_grpc
 from vigil.types.v1 import types_pb2
 from vigil_common.errors import Unavailable
 from vigil_common.grpc.security import connect
-from vigil_common.grpc.workers import by_resource, worker_address
+from vigil_common.grpc.workers import worker_address
 
 from vigil_review.domain import Detail, Frame, Said, Version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from datetime import datetime
 
     from vigil_review.config import Settings
@@ -96,18 +96,19 @@ class Backend:
     async def roles(self, token: str, model: str) -> dict[int, str]:
         """Which version is "live", and which is its "candidate"."""
         found: dict[int, str] = {}
-        for route in await self._routes_of(token, model):
+        route = await self._route_of(token, model)
+        if route is not None:
             found[route.live.version] = "live"
             if route.HasField("candidate"):
                 found[route.candidate.version] = "candidate"
         return found
 
-    async def _routes_of(self, token: str, model: str) -> Sequence[storage_pb2.Route]:
-        """The model's route; none where nothing is live."""
+    async def _route_of(self, token: str, model: str) -> storage_pb2.Route | None:
+        """The model's route; None where nothing is live."""
         request = storage_pb2.ListRoutesRequest(model=model)
         with _translated():
             answer = await self._routes.ListRoutes(request, metadata=_bearer(token), timeout=CALL_S)
-        return answer.routes
+        return next(iter(answer.routes), None)
 
     async def queue(
         self, token: str, model: str, reviewer: str, *, size: int, again: bool
@@ -187,10 +188,9 @@ class Backend:
 
         Where that version judged the frame, it draws what it said then, though another threshold may decide now.
         """
-        setting = self._settings.inference_address
-        routes = await self._routes_of(token, model) if by_resource(setting) else ()
+        route = await self._route_of(token, model)
         try:
-            address = worker_address(setting, model, next((route.managed_by for route in routes), ""))
+            address = worker_address(self._settings.inference_address, model, route.managed_by if route else "")
         except Unavailable as error:
             raise BackendError(grpc.StatusCode.UNAVAILABLE, error.message) from error
         if address not in self._workers:
@@ -204,7 +204,7 @@ class Backend:
             mask=True,
         )
         request = inference_pb2.PredictRequest(image=detail.image, outputs=outputs)
-        if detail.frame.score is not None and (await self.roles(token, model)).get(detail.frame.version) == "live":
+        if detail.frame.score is not None and route is not None and route.live.version == detail.frame.version:
             request.threshold = detail.frame.threshold
         with _translated():
             answer = await stub.Predict(request, timeout=PREDICT_S)

@@ -29,7 +29,7 @@ def worker_address(setting: str, model: str, managed_by: str = "") -> str:
     if not NAME.fullmatch(model):  # it becomes part of a path or a host
         raise unknown
     place = setting.replace("{model}", model)
-    if by_resource(setting):
+    if RESOURCE in setting or NAMESPACE in setting:
         namespace, _, name = managed_by.partition("/")
         if not name:
             raise unknown
@@ -40,8 +40,3 @@ def worker_address(setting: str, model: str, managed_by: str = "") -> str:
         return Path(place.removeprefix(FILE)).read_text().strip()
     except OSError as error:
         raise unknown from error
-
-
-def by_resource(setting: str) -> bool:
-    """Whether the AnomalyModel must be known to say where workers are."""
-    return RESOURCE in setting or NAMESPACE in setting
